@@ -1,19 +1,51 @@
-"""Shared module of the five notebooks (placeholder docstring, replaced below)."""
+"""The shared module of the five notebooks: everything that two cells need.
 
+Contents
+    1 setup      pick_device, make_generator, show_source, save_figure
+    2 solvers    time_grid, euler_maruyama, heun, sde_drift, ou_moments
+    3 data       GaussianMixture, silhouette, load_fashion_mnist, to_model_range, to_image_range
+    4 schedules  LinearScheduler, CosineScheduler, PolynomialScheduler, check_scheduler
+    5 paths      GaussianPath: the conditional path, its targets and their conversions
+    6 networks   MLP, UNet, NoiseScore
+    7 training   flow_matching_loss, score_matching_loss, train, train_or_load, *_weights
+    8 metrics    mmd2, sliced_wasserstein, frechet_distance, residual_noise, FashionClassifier
+    9 plots      plot_*(..., ax) -> ax
+
+Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t eps.
+    maths                            code                        shape
+    z, eps, x                        z, eps, x                   (B, *D)
+    t                                t                           (B,), in [0, 1]
+    time grid                        ts                          (N+1,), increasing
+    trajectory                       xs                          (N+1, B, *D)
+    alpha_t, beta_t, derivatives     alpha, beta, alpha_dot, beta_dot       like t
+    u_t(x | z), u_t(x)               conditional_velocity, a model `velocity`   like x
+    grad log p_t(x | z), of p_t      conditional_score, a model `score`     like x
+    u_t(x) and sigma_t in an SDE     drift, diffusion            like x; number or (t) -> like t
+D is (2,) in the plane, (1, 28, 28) for images and () for a scalar process. Images are in
+[-1, 1]. Symbols of other texts: there sigma is sometimes our beta, and beta a rate.
+
+Environment: FLOW_DEVICE picks the device, FLOW_RETRAIN=1 trains instead of loading,
+FLOW_PROGRESS=0 hides progress bars, FLOW_FIGURES and FLOW_WEIGHTS are folders for new files.
+"""
+
+import base64
 import functools
 import gzip
 import hashlib
+import inspect
+import io
 import math
 import os
 import platform
-import shutil
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.path import Path as Polygon
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent
@@ -49,6 +81,55 @@ def make_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def show_source(*objects):
+    """Display the source of imported functions or classes, as Markdown."""
+    from IPython.display import Markdown, display
+
+    sources = [textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects]
+    display(Markdown("```python\n" + "\n\n\n".join(sources) + "\n```"))
+
+
+def save_figure(fig, name, caption):
+    """Write figures/<name>.png and .pdf and display exactly those PNG bytes with the caption.
+
+    The folder is FLOW_FIGURES if set. The files hold no dates or versions, so that the same
+    figure gives the same bytes. Closes fig. Raises ValueError if the folder is not writable.
+    """
+    from IPython.display import display
+
+    folder = Path(os.environ.get("FLOW_FIGURES") or ROOT / "figures")
+    no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
+    png, pdf = io.BytesIO(), io.BytesIO()
+    fig.savefig(png, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    fig.savefig(pdf, format="pdf", dpi=150, bbox_inches="tight", metadata=no_dates)
+    plt.close(fig)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder / f"{name}.png", png.getvalue())
+        _write_atomically(folder / f"{name}.pdf", pdf.getvalue())
+    except OSError as error:
+        raise ValueError(
+            f"cannot write figures to {folder} ({error}); make it writable or set FLOW_FIGURES"
+        ) from error
+    encoded = base64.b64encode(png.getvalue()).decode()
+    display({"image/png": encoded, "text/plain": caption}, raw=True)
+
+
+def _write_atomically(path, content):
+    """Write bytes to path so that a crash leaves the old file whole, never half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes the file private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def _randn_like(x, generator=None):
     """Standard normal noise like x, drawn on the generator's device and moved to x."""
     device = x.device if generator is None else generator.device
@@ -63,8 +144,282 @@ def _uniform_times(z, generator=None):
 
 
 # ---------------------------------------------------------------------------------------
+# 2  Solvers
+# ---------------------------------------------------------------------------------------
+
+
+def time_grid(steps, start=0.0, end=1.0):
+    """Equally spaced times from start to end, (steps + 1,); decreasing if end < start."""
+    if steps < 1 or start == end:
+        raise ValueError(f"need steps >= 1 and start != end, got {steps}, {start}, {end}")
+    return torch.linspace(start, end, steps + 1)
+
+
+def _check_simulation(x0, ts, decreasing_too=False):
+    """Check x0 and the grid; return x0 detached and ts in its dtype and on its device."""
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 must be floating point, got {x0.dtype}; use x0.float()")
+    if x0.ndim == 0:
+        raise ValueError("x0 must have a batch axis, got a scalar; use x0[None]")
+    if not torch.isfinite(x0).all():
+        raise ValueError("x0 has entries that are not finite")
+    ts = torch.as_tensor(ts).to(device=x0.device, dtype=x0.dtype)
+    if ts.ndim != 1 or len(ts) < 2:
+        raise ValueError(f"ts must be a grid (N+1,) with N >= 1, got shape {tuple(ts.shape)}")
+    steps = ts.diff()
+    if not ((steps > 0).all() or (decreasing_too and (steps < 0).all())):
+        order = "increasing or strictly decreasing" if decreasing_too else "increasing"
+        raise ValueError(f"ts must be strictly {order} in {x0.dtype}")
+    return x0.detach(), ts
+
+
+def _evaluate(field, x, t):
+    """field(x, t), refusing a result that would broadcast."""
+    value = field(x, t)
+    if value.shape != x.shape:
+        raise ValueError(f"drift must return shape {tuple(x.shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _add_noise(x, diffusion, t, h, generator):
+    """Add sqrt(h) sigma(t) eps to x in place (the noise term of eq. 2)."""
+    noise = _randn_like(x, generator)
+    if not callable(diffusion):
+        return x.add_(noise, alpha=math.sqrt(h) * float(diffusion))
+    return x.addcmul_(noise, expand_like(diffusion(t), x), value=math.sqrt(h))
+
+
+@torch.no_grad()
+def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, path=False):
+    """Simulate dX = u(X, t) dt + sigma(t) dW on the grid ts (assignment, eq. 2).
+
+    x0: (B, *D). ts: (N+1,), increasing. drift: (x, t) -> like x, with t (B,).
+    diffusion: a number, or t (B,) -> (B,); the number 0 gives Euler's method.
+    Returns X at ts[-1], (B, *D); with path=True all of X, (N+1, B, *D).
+    Strong order 1/2; order 1 here, where the noise is additive (sigma depends on t only).
+    Raises ValueError if ts does not increase, x0 is not finite floating point, or a shape
+    returned by drift or diffusion is wrong.
+    """
+    x, ts = _check_simulation(x0, ts)
+    xs = [x]
+    for t_cur, h in zip(ts, ts.diff().tolist(), strict=False):
+        t = t_cur.expand(len(x))
+        x = torch.add(x, _evaluate(drift, x, t), alpha=h)
+        if callable(diffusion) or diffusion != 0:
+            _add_noise(x, diffusion, t, h, generator)
+        if path:
+            xs.append(x)
+    return torch.stack(xs) if path else x
+
+
+@torch.no_grad()
+def heun(velocity, x0, ts, *, path=False):
+    """Solve dX/dt = u(X, t) by Heun's method, the explicit trapezoidal rule: order 2.
+
+    x0: (B, *D). ts: (N+1,), strictly increasing or strictly decreasing (backwards in time).
+    velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too.
+    Returns X at ts[-1], (B, *D); with path=True all of X, (N+1, B, *D).
+    Raises ValueError as euler_maruyama does.
+    """
+    x, ts = _check_simulation(x0, ts, decreasing_too=True)
+    xs = [x]
+    for t_cur, t_next, h in zip(ts, ts[1:], ts.diff().tolist(), strict=False):
+        slope = _evaluate(velocity, x, t_cur.expand(len(x)))
+        guess = torch.add(x, slope, alpha=h)
+        slope_next = _evaluate(velocity, guess, t_next.expand(len(x)))
+        x = torch.add(x, slope + slope_next, alpha=h / 2)
+        if path:
+            xs.append(x)
+    return torch.stack(xs) if path else x
+
+
+def sde_drift(velocity, score, diffusion):
+    """The drift u + (sigma^2 / 2) s of the SDE that keeps the marginals p_t (eq. 3).
+
+    velocity, score: (x, t) -> like x. diffusion: a number, or t (B,) -> (B,).
+    With the number 0 the velocity is returned and the score never evaluated.
+    """
+    if not callable(diffusion):
+        if diffusion == 0:
+            return velocity
+        half = diffusion**2 / 2
+        return lambda x, t: velocity(x, t) + half * score(x, t)
+
+    def drift(x, t):
+        return velocity(x, t) + expand_like(diffusion(t), x) ** 2 / 2 * score(x, t)
+
+    return drift
+
+
+def ou_moments(x0, t, theta, sigma):
+    """Mean and variance of the Ornstein-Uhlenbeck process dX = -theta X dt + sigma dW, X_0 = x0.
+
+    mean = x0 exp(-theta t); variance = sigma^2 (1 - exp(-2 theta t)) / (2 theta), which is
+    sigma^2 t for theta = 0. Numbers or tensors; everything broadcasts.
+    """
+    x0, t, theta, sigma = (torch.as_tensor(value) for value in (x0, t, theta, sigma))
+    rate = torch.where(theta == 0, torch.ones_like(theta), 2 * theta)
+    elapsed = torch.where(theta == 0, t, -torch.expm1(-2 * theta * t) / rate)
+    mean, variance, _ = torch.broadcast_tensors(x0 * torch.exp(-theta * t), sigma**2 * elapsed, x0)
+    return mean, variance
+
+
+# ---------------------------------------------------------------------------------------
 # 3  Data
 # ---------------------------------------------------------------------------------------
+
+
+class GaussianMixture:
+    """A mixture of K isotropic Gaussians in R^D: the data distribution with exact answers.
+
+    means (K, D); stds (K,), positive; weights (K,), positive, default equal (normalised).
+    With z from the mixture, x_t = alpha z + beta eps is a mixture too, so that p_t, its score
+    and its velocity have closed forms. Points x are (B, D).
+    """
+
+    def __init__(self, means, stds, weights=None):
+        self.means, self.stds = torch.as_tensor(means), torch.as_tensor(stds)
+        weights = torch.ones_like(self.stds) if weights is None else torch.as_tensor(weights)
+        if self.means.ndim != 2 or not self.stds.shape == weights.shape == self.means.shape[:1]:
+            raise ValueError(
+                "means must be (K, D), stds and weights (K,); got "
+                f"{tuple(self.means.shape)}, {tuple(self.stds.shape)}, {tuple(weights.shape)}"
+            )
+        if not ((self.stds > 0).all() and (weights > 0).all()):
+            raise ValueError("stds and weights must be positive")
+        self.weights = weights / weights.sum()
+
+    def sample(self, n, *, generator=None):
+        """Draw n points, (n, D)."""
+        index = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        means = self.means[index]
+        return means + self.stds[index, None] * _randn_like(means, generator)
+
+    def _log_joint(self, x):
+        """log(w_k N(x; m_k, s_k^2 I)), (B, K)."""
+        if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
+            raise ValueError(f"x must be (B, {self.means.shape[1]}), got {tuple(x.shape)}")
+        squares = (x[:, None, :] - self.means).square().sum(dim=2)
+        log_norm = x.shape[1] * torch.log(self.stds * math.sqrt(2 * math.pi))
+        return torch.log(self.weights) - squares / (2 * self.stds**2) - log_norm
+
+    def log_prob(self, x):
+        """log p(x), (B,)."""
+        return torch.logsumexp(self._log_joint(x), dim=1)
+
+    def score(self, x):
+        """grad log p(x) = sum_k P(k | x) (m_k - x) / s_k^2, (B, D)."""
+        posterior = self._log_joint(x).softmax(dim=1)[:, :, None]
+        return (posterior * (self.means - x[:, None, :]) / self.stds[:, None] ** 2).sum(dim=1)
+
+    def at_time(self, scheduler, t):
+        """The exact marginal p_t of x_t = alpha z + beta eps; t a number in [0, 1]."""
+        t = torch.as_tensor(t, dtype=self.means.dtype)
+        alpha, beta = scheduler.alpha(t), scheduler.beta(t)
+        return GaussianMixture(
+            alpha * self.means, torch.sqrt(alpha**2 * self.stds**2 + beta**2), self.weights
+        )
+
+    def _velocity_moments(self, x, t, scheduler):
+        """For each x and k: P(k | x_t = x) (B, K, 1), and mean (B, K, D) and variance (B, K)
+        per dimension of alpha_dot z + beta_dot eps given x_t = x and the component k."""
+        t = expand_like(t, x)
+        alpha, beta = scheduler.alpha(t), scheduler.beta(t)
+        alpha_dot, beta_dot = scheduler.alpha_dot(t), scheduler.beta_dot(t)
+        variance = alpha**2 * self.stds**2 + beta**2  # (B, K)
+        offset = x[:, None, :] - alpha[:, :, None] * self.means  # (B, K, D)
+        log_joint = (
+            torch.log(self.weights)
+            - offset.square().sum(dim=2) / (2 * variance)
+            - x.shape[1] / 2 * torch.log(variance)
+        )
+        gain = (alpha_dot * alpha * self.stds**2 + beta_dot * beta) / variance
+        mean = alpha_dot[:, :, None] * self.means + gain[:, :, None] * offset
+        spread = self.stds**2 * (alpha_dot * beta - alpha * beta_dot) ** 2 / variance
+        return log_joint.softmax(dim=1)[:, :, None], mean, spread
+
+    def velocity(self, x, t, scheduler):
+        """The exact marginal velocity u_t(x) = E[alpha_dot z + beta_dot eps | x_t = x], (B, D).
+
+        t: (B,), in [0, 1]; finite at both ends.
+        """
+        posterior, mean, _ = self._velocity_moments(x, t, scheduler)
+        return (posterior * mean).sum(dim=1)
+
+    def velocity_variance(self, x, t, scheduler):
+        """Var(u_t(x | z) | x_t = x), summed over the D dimensions, (B,).
+
+        Its mean over t and x_t, divided by D, is the least value of flow_matching_loss.
+        """
+        posterior, mean, spread = self._velocity_moments(x, t, scheduler)
+        average = (posterior * mean).sum(dim=1, keepdim=True)
+        between = (posterior * (mean - average).square()).sum(dim=(1, 2))
+        return between + x.shape[1] * (posterior[:, :, 0] * spread).sum(dim=1)
+
+
+def _ellipse(cx, cy, rx, ry, turn=0.0, n=60):
+    """Vertices (n, 2) of an ellipse about (cx, cy), turned by `turn` degrees."""
+    angle = torch.arange(n) * (2 * math.pi / n)
+    x, y = rx * torch.cos(angle), ry * torch.sin(angle)
+    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    return torch.stack([cx + c * x - s * y, cy + s * x + c * y], dim=1).tolist()
+
+
+# Each drawing: the parts that are filled, and the parts that are cut out of them.
+_DRAWINGS = {
+    "cat": (
+        [
+            _ellipse(0, -0.15, 1.05, 0.85),
+            [(-1.0, 0.1), (-0.95, 1.25), (-0.15, 0.65)],
+            [(1.0, 0.1), (0.95, 1.25), (0.15, 0.65)],
+        ],
+        [
+            _ellipse(-0.42, 0.0, 0.2, 0.13, -15),
+            _ellipse(0.42, 0.0, 0.2, 0.13, 15),
+            [(-0.14, -0.3), (0.14, -0.3), (0.0, -0.46)],
+            [(-1.1, -0.28), (-0.35, -0.38), (-0.35, -0.43), (-1.1, -0.35)],
+            [(1.1, -0.28), (0.35, -0.38), (0.35, -0.43), (1.1, -0.35)],
+            [(-1.05, -0.6), (-0.35, -0.5), (-0.35, -0.55), (-1.02, -0.67)],
+            [(1.05, -0.6), (0.35, -0.5), (0.35, -0.55), (1.02, -0.67)],
+        ],
+    ),
+    "dog": (
+        [
+            _ellipse(0, 0.2, 0.72, 0.85),
+            _ellipse(0, -0.5, 0.5, 0.55),
+            _ellipse(-0.92, 0.15, 0.28, 0.75, -14),
+            _ellipse(0.92, 0.15, 0.28, 0.75, 14),
+        ],
+        [
+            _ellipse(-0.3, 0.3, 0.11, 0.14),
+            _ellipse(0.3, 0.3, 0.11, 0.14),
+            _ellipse(0, -0.3, 0.2, 0.13),
+            [(-0.03, -0.4), (0.03, -0.4), (0.03, -0.68), (-0.03, -0.68)],
+            [(-0.28, -0.6), (0.0, -0.74), (0.28, -0.6), (0.28, -0.66), (0.0, -0.8), (-0.28, -0.66)],
+        ],
+    ),
+}
+
+
+def silhouette(name, n, *, generator=None):
+    """Draw n points, (n, 2), uniformly from a drawing in [-1.3, 1.3]^2: "cat" or "dog".
+
+    Raises ValueError for another name.
+    """
+    if name not in _DRAWINGS:
+        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_DRAWINGS)}")
+    filled, cut = ([Polygon(part) for part in parts] for parts in _DRAWINGS[name])
+    found = torch.empty(0, 2)
+    while len(found) < n:
+        points = 2.6 * torch.rand(4 * n + 64, 2, generator=generator) - 1.3
+        inside = torch.zeros(len(points), dtype=torch.bool)
+        for part in filled:
+            inside |= torch.from_numpy(part.contains_points(points))
+        for part in cut:
+            inside &= ~torch.from_numpy(part.contains_points(points))
+        found = torch.cat([found, points[inside]])
+    return found[:n]
+
 
 # SHA-256 of the decompressed IDX files, as published by Zalando Research.
 FASHION_SHA256 = {
@@ -95,21 +450,6 @@ def _unpack(name):
 
 def _sha256(content):
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_atomically(path, content):
-    """Write bytes to path so that a crash leaves the old file whole, never half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes the file private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_fashion_mnist(split="train"):
@@ -201,6 +541,33 @@ class PolynomialScheduler:
         return -self.power * t ** (self.power - 1)
 
 
+def check_scheduler(scheduler):
+    """Check the requirements on (alpha, beta) of section 2 of the assignment, in float64.
+
+    Ends alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, alpha increasing and beta decreasing,
+    derivatives finite on all of [0, 1] and equal to those of alpha and beta.
+    Raises ValueError naming the property that fails; returns the scheduler.
+    """
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    for name, at_ends, sign in (("alpha", (0.0, 1.0), 1), ("beta", (1.0, 0.0), -1)):
+        value, slope = getattr(scheduler, name), getattr(scheduler, f"{name}_dot")
+        expected = torch.tensor(at_ends, dtype=torch.float64)
+        if not torch.allclose(value(ends), expected, rtol=0, atol=1e-6):
+            found = [round(v, 6) for v in value(ends).tolist()]
+            raise ValueError(f"endpoints: {name} is {found} at t = 0, 1, not {list(at_ends)}")
+        if not (sign * value(grid).diff() >= 0).all():
+            raise ValueError(f"monotone: {name} must be {'in' if sign > 0 else 'de'}creasing")
+        if not torch.isfinite(slope(grid)).all():
+            where = grid[~torch.isfinite(slope(grid))][0].item()
+            raise ValueError(f"finite derivative: {name}_dot is not finite at t = {where:g}")
+        middle, h = grid[1:-1], 1e-6
+        difference = (value(middle + h) - value(middle - h)) / (2 * h)
+        if not torch.allclose(slope(middle), difference, rtol=1e-4, atol=1e-4):
+            raise ValueError(f"finite derivative: {name}_dot is not the derivative of {name}")
+    return scheduler
+
+
 # ---------------------------------------------------------------------------------------
 # 5  Paths
 # ---------------------------------------------------------------------------------------
@@ -230,7 +597,7 @@ class GaussianPath:
             raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():  # no GPU synchronisation
             raise ValueError("t must lie in [0, 1]")
-        t, s = expand_like(t, x), self.scheduler
+        t, s = expand_like(t, x).to(x.dtype), self.scheduler
         return s.alpha(t), s.beta(t), s.alpha_dot(t), s.beta_dot(t)
 
     def sample(self, z, t, eps):
@@ -243,10 +610,64 @@ class GaussianPath:
         _, _, alpha_dot, beta_dot = self._coefficients(z, eps, t)
         return alpha_dot * z + beta_dot * eps
 
+    def conditional_velocity(self, x, z, t):
+        """u_t(x | z) = (alpha_dot - beta_dot alpha / beta) z + (beta_dot / beta) x, t < 1."""
+        alpha, beta, alpha_dot, beta_dot = self._coefficients(x, z, t)
+        return (alpha_dot - beta_dot / beta * alpha) * z + beta_dot / beta * x
+
+    def conditional_score(self, x, z, t):
+        """grad log p_t(x | z) = -(x - alpha z) / beta^2, t < 1 (question 5a)."""
+        alpha, beta, _, _ = self._coefficients(x, z, t)
+        return -(x - alpha * z) / beta**2
+
+    def velocity_to_score(self, u, x, t):
+        """s = (alpha u - alpha_dot x) / (beta (alpha_dot beta - alpha beta_dot)), t < 1.
+
+        For the linear schedule (t u - x) / (1 - t). 0/0 where alpha_dot = 0 at t = 0.
+        """
+        alpha, beta, alpha_dot, beta_dot = self._coefficients(x, u, t)
+        return (alpha * u - alpha_dot * x) / (beta * (alpha_dot * beta - alpha * beta_dot))
+
+    def score_to_velocity(self, s, x, t):
+        """u = (beta (alpha_dot beta - alpha beta_dot) s + alpha_dot x) / alpha, t > 0."""
+        alpha, beta, alpha_dot, beta_dot = self._coefficients(x, s, t)
+        return (beta * (alpha_dot * beta - alpha * beta_dot) * s + alpha_dot * x) / alpha
+
+    def noise_to_score(self, eps, t):
+        """s = -eps / beta, t < 1."""
+        _, beta, _, _ = self._coefficients(eps, eps, t)
+        return -eps / beta
+
+    def velocity_to_data(self, u, x, t):
+        """E[z | x_t = x] = (beta u - beta_dot x) / (alpha_dot beta - alpha beta_dot)."""
+        alpha, beta, alpha_dot, beta_dot = self._coefficients(x, u, t)
+        return (beta * u - beta_dot * x) / (alpha_dot * beta - alpha * beta_dot)
+
 
 # ---------------------------------------------------------------------------------------
 # 6  Networks
 # ---------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron on (x, t): x (B, dim), t (B,) -> (B, dim).
+
+    `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3.
+    """
+
+    def __init__(self, dim=2, hidden=64, layers=4):
+        super().__init__()
+        self.dim = dim
+        blocks, width = [], dim + 1
+        for _ in range(layers):
+            blocks += [nn.Linear(width, hidden), nn.SiLU()]
+            width = hidden
+        self.net = nn.Sequential(*blocks, nn.Linear(width, dim))
+
+    def forward(self, x, t):
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be (B, {self.dim}), got {tuple(x.shape)}")
+        return self.net(torch.cat([x, expand_like(t, x)], dim=1))
 
 
 class ResidualLayer(nn.Module):
@@ -724,3 +1145,204 @@ def describe_machine(device):
         processor = f"{platform.machine()}, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
     return {"device": device.type, "processor": processor, "versions": versions}
+
+
+# ---------------------------------------------------------------------------------------
+# 8  Metrics
+# ---------------------------------------------------------------------------------------
+
+
+def _check_samples(x, y):
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            "need two samples (N, F) and (M, F) with N, M >= 2, got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
+        )
+
+
+def mmd2(x, y, bandwidth):
+    """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3), a number.
+
+    x (N, F), y (M, F); Gaussian kernel exp(-|x - y|^2 / (2 bandwidth^2)). Its mean is 0 for
+    samples of one distribution, so that it can be negative.
+    """
+    _check_samples(x, y)
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    xx, yy, xy = (
+        torch.exp(-(torch.cdist(a.double(), b.double()) ** 2) / (2 * bandwidth**2))
+        for a, b in ((x, x), (y, y), (x, y))
+    )
+    n, m = len(x), len(y)
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return (within - 2 * xy.mean()).item()
+
+
+def sliced_wasserstein(x, y, *, projections=256, generator=None):
+    """Sliced 2-Wasserstein distance (Bonneel et al. 2015) of two equal-sized samples.
+
+    x, y: (N, F). The root of the mean, over random directions, of the squared distance of
+    the sorted projections. Returns a number, in the units of x.
+    """
+    _check_samples(x, y)
+    if len(x) != len(y):
+        raise ValueError(f"samples must have equal size, got {len(x)} and {len(y)}")
+    directions = _randn_like(x.new_empty(x.shape[1], projections), generator)
+    directions = directions / directions.norm(dim=0)
+    difference = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
+    return difference.square().mean().sqrt().item()
+
+
+def frechet_distance(features_x, features_y):
+    """Squared Frechet distance of two Gaussians fitted to features (N, F), (M, F), as in FID.
+
+    |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
+    Biased upwards by O(1/N): compare at equal N, beside the value for two real samples.
+    """
+    _check_samples(features_x, features_y)
+    x, y = features_x.double(), features_y.double()
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # tr (S_x S_y)^(1/2) from the symmetric matrix S_x^(1/2) S_y S_x^(1/2), same eigenvalues
+    cross = torch.linalg.eigvalsh(root @ torch.cov(y.T) @ root).clamp(min=0).sqrt().sum()
+    mean = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    return (mean + values.sum() + torch.cov(y.T).trace() - 2 * cross).item()
+
+
+def residual_noise(x):
+    """Median of |x + 1| over the 2x2 corners of images (N, C, H, W) in [-1, 1], before clipping.
+
+    The corners of Fashion-MNIST are black, -1: the value is 0 for real images, and about
+    0.67 times the standard deviation for Gaussian noise left in generated ones.
+    """
+    ends = [0, 1, -2, -1]
+    return (x[:, :, ends][..., ends] + 1).abs().median().item()
+
+
+class FashionClassifier(nn.Module):
+    """A small convolutional classifier of Fashion-MNIST, whose features measure samples.
+
+    model(x) -> logits (N, 10) and .features(x) -> (N, 64), for images (N, 1, 28, 28) in
+    [-1, 1]. pretrained loads data/weights/classifier.pt, made by notebooks/evaluate.py.
+    """
+
+    def __init__(self, pretrained=True):
+        super().__init__()
+        layers, width = [], 1
+        for channels in (32, 64, 128):  # 28 -> 14 -> 7 -> 4
+            layers += [nn.Conv2d(width, channels, 3, padding=1), nn.GroupNorm(2, channels)]
+            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
+            layers += [nn.GroupNorm(2, channels), nn.SiLU()]
+            width = channels
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.embed = nn.Sequential(nn.Linear(width, 64), nn.SiLU())
+        self.logits = nn.Linear(64, 10)
+        self.to(memory_format=torch.channels_last)
+        if pretrained:
+            load_weights(self, "classifier")
+
+    def features(self, x):
+        if x.ndim != 4 or x.shape[1:] != (1, 28, 28):
+            raise ValueError(f"x must be (N, 1, 28, 28), got {tuple(x.shape)}")
+        return self.embed(self.body(x.contiguous(memory_format=torch.channels_last)))
+
+    def forward(self, x):
+        return self.logits(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------
+# 9  Plots: draw on ax and return it; never simulate, seed or show
+# ---------------------------------------------------------------------------------------
+
+# One colour each through all notebooks; distinguishable in the common colour blindnesses.
+COLORS = {"noise": "#0072B2", "data": "#D55E00", "model": "#009E73", "exact": "#000000"}
+
+
+def plot_paths(ts, xs, ax, **style):
+    """Draw scalar trajectories xs (N+1, B) against ts (N+1,)."""
+    style = {"color": COLORS["model"], "linewidth": 0.8, "alpha": 0.8} | style
+    ax.plot(ts.cpu(), xs.cpu(), rasterized=xs.shape[1] > 20, **style)
+    ax.set_xlabel("$t$")
+    return ax
+
+
+def plot_points(x, ax, *, limit=None, **style):
+    """Scatter points x (N, 2) in the plane with equal aspect; limit: half-width of the axes."""
+    style = {"color": COLORS["data"], "s": 5, "linewidths": 0, "alpha": 0.7} | style
+    ax.scatter(*x.detach().cpu().T, rasterized=True, **style)
+    return _frame_plane(ax, limit)
+
+
+def plot_histogram(x, ax, *, limit, bins=40, vmax=None):
+    """Two-dimensional histogram of points x (N, 2) on [-limit, limit]^2, as a density.
+
+    Returns ax; the mesh, for a colour bar, is ax.collections[-1].
+    """
+    ax.hist2d(
+        *x.detach().cpu().T.numpy(),
+        bins=bins,
+        range=[(-limit, limit)] * 2,
+        density=True,
+        cmap="magma",
+        vmin=0,
+        vmax=vmax,
+        rasterized=True,
+    )
+    return _frame_plane(ax, limit)
+
+
+def plot_density(mixture, ax, *, limit, levels=6, **style):
+    """Contours of the density of a GaussianMixture in the plane on [-limit, limit]^2."""
+    side = torch.linspace(-limit, limit, 150, dtype=mixture.means.dtype)
+    xx, yy = torch.meshgrid(side, side, indexing="xy")
+    density = mixture.log_prob(torch.stack([xx, yy], dim=-1).reshape(-1, 2)).exp()
+    style = {"colors": COLORS["exact"], "linewidths": 0.7} | style
+    ax.contour(xx, yy, density.reshape(xx.shape), levels=levels, **style)
+    return _frame_plane(ax, limit)
+
+
+def plot_flow(xs, ax, *, limit=None, **style):
+    """Draw trajectories xs (N+1, B, 2) in the plane, starts in the noise's colour."""
+    style = {"color": "0.55", "linewidth": 0.4, "alpha": 0.6} | style
+    ax.plot(*xs.detach().cpu().unbind(dim=2), rasterized=True, zorder=0, **style)
+    plot_points(xs[0], ax, color=COLORS["noise"])
+    return plot_points(xs[-1], ax, limit=limit, color=COLORS["model"])
+
+
+def plot_field(x, u, ax, *, limit=None, **style):
+    """Draw a velocity or score field: arrows u (N, 2) at points x (N, 2)."""
+    ax.quiver(*x.detach().cpu().T, *u.detach().cpu().T, angles="xy", **style)
+    return _frame_plane(ax, limit)
+
+
+def plot_loss(losses, ax, *, window=100, floor=None, label=None, **style):
+    """Running mean of losses (steps,) over `window` steps; floor: a level drawn dashed."""
+    mean = losses.float().cpu().unfold(0, min(window, len(losses)), 1).mean(dim=1)
+    style = {"color": COLORS["model"]} | style
+    ax.plot(torch.arange(len(mean)) + len(losses) - len(mean), mean, label=label, **style)
+    if floor is not None:
+        ax.axhline(floor, color=COLORS["exact"], linestyle="--", label=f"floor {floor:.3f}")
+    ax.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
+    return ax
+
+
+def plot_images(x, ax, *, columns):
+    """Draw images x (N, 1, H, W) in [-1, 1] as one mosaic with `columns` columns."""
+    x = to_image_range(x.detach().cpu())[:, 0]
+    rows = math.ceil(len(x) / columns)
+    x = F.pad(x, (1, 1, 1, 1), value=1.0)  # a white line between the images
+    x = F.pad(x, (0, 0, 0, 0, 0, rows * columns - len(x)), value=1.0)
+    h, w = x.shape[1:]
+    mosaic = x.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
+    ax.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def _frame_plane(ax, limit):
+    ax.set_aspect("equal")
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    if limit is not None:
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
+    return ax
