@@ -263,6 +263,21 @@ def sde_drift(velocity, score, diffusion):
     return drift
 
 
+def sde_drift_from_velocity(velocity, path, diffusion):
+    """The drift of sde_drift with the score that the velocity contains, one evaluation of it.
+
+    path: the GaussianPath that the velocity was trained on; t < 1.
+    """
+
+    def drift(x, t):
+        u = velocity(x, t)
+        return sde_drift(lambda x, t: u, lambda x, t: path.velocity_to_score(u, x, t), diffusion)(
+            x, t
+        )
+
+    return drift
+
+
 # The sigma_t compared in question 5(b): numbers, or functions of t with beta = 1 - t
 SIGMAS = {
     "0 (ODE)": 0,
@@ -1448,7 +1463,7 @@ def plot_images(x, ax, *, columns):
     x = F.pad(x, (0, 0, 0, 0, 0, rows * columns - len(x)), value=1.0)
     h, w = x.shape[1:]
     mosaic = x.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-    ax.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     return ax
