@@ -1,13 +1,15 @@
 """Make the records under data/records that are too heavy for every run of the notebooks.
 
-Usage: python notebooks/evaluate.py [classifier] [schedulers] [sigma]
+Usage: python notebooks/evaluate.py [classifier] [floor] [schedulers] [sigma]
     classifier   train the network that measures samples (data/weights/classifier.pt)
+    floor        the Frechet distance of real images, ten sets of 500 and of 1000
     schedulers   question 4(d): the flow sampled along every schedule by Heun's method
     sigma        question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
-Without a name, schedulers and sigma. A record holds N, function evaluations, seeds, device,
+Without a name, all but the classifier. A record holds N, function evaluations, seeds, device,
 versions and the SHA-256 of the weights; the notebooks refuse a record of other weights.
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -50,12 +52,6 @@ class Judge:
             "sliced_wasserstein": sliced,
             "residual_noise": helpers.residual_noise(x),
         }
-
-    def floor(self, n):
-        """The same measures of n training images: what perfect samples would score."""
-        train, _ = helpers.load_fashion_mnist("train")
-        index = torch.randperm(len(train), generator=helpers.make_generator(SEED))[:n]
-        return self.measure(helpers.to_model_range(train[index]))
 
 
 def sample(solve, n, device, precision):
@@ -104,6 +100,20 @@ def train_classifier(device):
     print(f"classifier: test accuracy {accuracy:.4f}")
 
 
+def evaluate_floor(judge, device, draws=10):
+    """What perfect samples would score: the Frechet distance of n training images."""
+    train, _ = helpers.load_fashion_mnist("train")
+    generator, rows = helpers.make_generator(SEED), []
+    for n in (500, 1000):
+        index = torch.randperm(len(train), generator=generator)[: draws * n]
+        sets = judge.features(helpers.to_model_range(train[index])).split(n)
+        values = [helpers.frechet_distance(x, judge.test_features) for x in sets]
+        rows.append({"n": n, "mean": statistics.mean(values), "std": statistics.stdev(values)})
+        print(rows[-1], flush=True)
+    content = {"draws": draws, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
+    helpers.save_evaluation("floor", ["classifier"], content)
+
+
 def evaluate_schedulers(judge, device, n=1000):
     """Question 4(d): flow_linear along every schedule, from the same noise, by Heun's method."""
     linear = helpers.load_weights(UNet(), "flow_linear").to(device)
@@ -119,7 +129,7 @@ def evaluate_schedulers(judge, device, n=1000):
             x = sample(solve, n, device, precision)
             rows.append({"scheduler": name, "evaluations": 2 * steps, **judge.measure(x)})
             print(rows[-1], flush=True)
-    content = {"n": n, "seed": SEED, "precision": precision, "floor": judge.floor(n)}
+    content = {"n": n, "seed": SEED, "precision": precision}
     content |= {**helpers.describe_machine(device), "rows": rows}
     helpers.save_evaluation("schedulers", ["flow_linear", "classifier"], content)
 
@@ -144,13 +154,13 @@ def evaluate_sigma(judge, device, n=500):
             away = (x.clamp(-1, 1) - ode.clamp(-1, 1)).square().mean().sqrt().item()
             rows.append({"sigma": label, "steps": steps, **judge.measure(x), "rms_to_ode": away})
             print(rows[-1], flush=True)
-    content = {"n": n, "seed": SEED, "precision": precision, "floor": judge.floor(n)}
+    content = {"n": n, "seed": SEED, "precision": precision}
     content |= {**helpers.describe_machine(device), "rows": rows}
     helpers.save_evaluation("sigma", ["flow_linear", "classifier"], content)
 
 
 def main(names):
-    jobs = {"schedulers": evaluate_schedulers, "sigma": evaluate_sigma}
+    jobs = {"floor": evaluate_floor, "schedulers": evaluate_schedulers, "sigma": evaluate_sigma}
     names = names or list(jobs)
     unknown = set(names) - {"classifier", *jobs}
     if unknown:
