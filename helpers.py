@@ -97,7 +97,7 @@ def save_figure(fig, name, caption):
     The folder is FLOW_FIGURES if set. The files hold no dates or versions, so that the same
     figure gives the same bytes. Closes fig. Raises ValueError if the folder is not writable.
     """
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
     folder = Path(os.environ.get("FLOW_FIGURES") or ROOT / "figures")
     no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
@@ -115,6 +115,7 @@ def save_figure(fig, name, caption):
         ) from error
     encoded = base64.b64encode(png.getvalue()).decode()
     display({"image/png": encoded, "text/plain": caption}, raw=True)
+    display(Markdown(f"*{caption}*"))  # front ends show the image and not its text/plain
 
 
 def _write_atomically(path, content):
@@ -271,9 +272,8 @@ def sde_drift_from_velocity(velocity, path, diffusion):
 
     def drift(x, t):
         u = velocity(x, t)
-        return sde_drift(lambda x, t: u, lambda x, t: path.velocity_to_score(u, x, t), diffusion)(
-            x, t
-        )
+        s = path.velocity_to_score(u, x, t)
+        return sde_drift(lambda x, t: u, lambda x, t: s, diffusion)(x, t)
 
     return drift
 
