@@ -124,7 +124,8 @@ def test_save_figure_writes_and_displays_the_same_bytes(figures, shown):
     fig = draw()
     save_figure(fig, "1a_test", "A caption.")
     assert sorted(path.name for path in figures.iterdir()) == ["1a_test.pdf", "1a_test.png"]
-    (item,) = shown
+    item, caption = shown
+    assert caption == "*A caption.*"  # front ends show no text/plain beside an image
     assert base64.b64decode(item["image/png"]) == (figures / "1a_test.png").read_bytes()
     assert item["text/plain"] == "A caption."
     assert not plt.fignum_exists(fig.number)
