@@ -2,13 +2,14 @@
 
 Contents
     1 setup      pick_device, make_generator, show_source, save_figure
-    2 solvers    time_grid, euler_maruyama, heun, sde_drift, ou_moments
+    2 solvers    time_grid, euler_maruyama, heun, sde_drift, log_likelihood, ou_moments
     3 data       GaussianMixture, silhouette, load_fashion_mnist, to_model_range, to_image_range
-    4 schedules  LinearScheduler, CosineScheduler, PolynomialScheduler, check_scheduler
+    4 schedules  Linear-, Cosine-, Polynomial-, FunctionScheduler, check_scheduler
     5 paths      GaussianPath: the conditional path, its targets, conversions; reschedule
     6 networks   MLP, UNet, NoiseScore
     7 training   flow_matching_loss, score_matching_loss, train, train_or_load, *_weights
-    8 metrics    mmd2, sliced_wasserstein, frechet_distance, residual_noise, FashionClassifier
+    8 metrics    mmd2, sliced_wasserstein, frechet_distance, residual_noise, FashionClassifier,
+                 optimal_transport_pairing
     9 plots      plot_*(..., ax) -> ax
 
 Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t eps.
@@ -246,6 +247,45 @@ def heun(velocity, x0, ts, *, path=False):
     return torch.stack(xs) if path else x
 
 
+def divergence(velocity, x, t, probes=None):
+    """The divergence sum_i du_i/dx_i of a field at x (B, *D) and t (B,); returns (B,).
+
+    Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of
+    mean 0 and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
+    Hutchinson's unbiased estimate, at the cost of K gradients.
+    """
+    exact = probes is None
+    if exact:
+        probes = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
+        probes = probes.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        u = velocity(x, t)
+        terms = [(torch.autograd.grad(u, x, v, retain_graph=True)[0] * v) for v in probes]
+    terms = torch.stack([term.reshape(len(x), -1).sum(dim=1) for term in terms])
+    return terms.sum(dim=0) if exact else terms.mean(dim=0)
+
+
+def log_likelihood(velocity, x, ts, *, probes=None):
+    """log p(x) under the flow of N(0, I) along ts, (B,), by the change of variables.
+
+    log p(x) = log N(X_0; 0, I) - int div u_t(X_t) dt along the trajectory that ends in x, by
+    Heun's method backwards (Chen et al. 2018, eq. 8). x (B, *D); ts increasing, (N+1,);
+    probes: as for divergence, the same at all times (Grathwohl et al. 2019).
+    """
+
+    def augmented(state, t):
+        x = state[:, :-1].reshape(shape)
+        change = divergence(velocity, x, t, probes)
+        return torch.cat([velocity(x, t).reshape(len(x), -1), change[:, None]], dim=1)
+
+    shape = x.shape
+    start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], dim=1)
+    end = heun(augmented, start, ts.flip(0))
+    z, change = end[:, :-1], end[:, -1]  # change: the integral from 1 to 0
+    return change - (z.square() + math.log(2 * math.pi)).sum(dim=1) / 2
+
+
 def sde_drift(velocity, score, diffusion):
     """The drift u + (sigma^2 / 2) s of the SDE that keeps the marginals p_t (eq. 3).
 
@@ -450,23 +490,28 @@ _DRAWINGS = {
 }
 
 
+def inside_silhouette(name, x):
+    """Whether points x (N, 2) lie in a drawing, "cat" or "dog": bool (N,)."""
+    if name not in _DRAWINGS:
+        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_DRAWINGS)}")
+    filled, cut = ([Polygon(part) for part in parts] for parts in _DRAWINGS[name])
+    inside = torch.zeros(len(x), dtype=torch.bool)
+    for part in filled:
+        inside |= torch.from_numpy(part.contains_points(x))
+    for part in cut:
+        inside &= ~torch.from_numpy(part.contains_points(x))
+    return inside
+
+
 def silhouette(name, n, *, generator=None):
     """Draw n points, (n, 2), uniformly from a drawing in [-1.3, 1.3]^2: "cat" or "dog".
 
     Raises ValueError for another name.
     """
-    if name not in _DRAWINGS:
-        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_DRAWINGS)}")
-    filled, cut = ([Polygon(part) for part in parts] for parts in _DRAWINGS[name])
     found = torch.empty(0, 2)
     while len(found) < n:
         points = 2.6 * torch.rand(4 * n + 64, 2, generator=generator) - 1.3
-        inside = torch.zeros(len(points), dtype=torch.bool)
-        for part in filled:
-            inside |= torch.from_numpy(part.contains_points(points))
-        for part in cut:
-            inside &= ~torch.from_numpy(part.contains_points(points))
-        found = torch.cat([found, points[inside]])
+        found = torch.cat([found, points[inside_silhouette(name, points)]])
     return found[:n]
 
 
@@ -588,6 +633,29 @@ class PolynomialScheduler:
 
     def beta_dot(self, t):
         return -self.power * t ** (self.power - 1)
+
+
+class FunctionScheduler:
+    """A schedule made of two functions of t, with their derivatives: for experiments.
+
+    alpha, beta: (t) -> like t, of torch operations. Not checked; see check_scheduler.
+    """
+
+    def __init__(self, alpha, beta):
+        self.alpha, self.beta = alpha, beta
+
+    def alpha_dot(self, t):
+        return self._derivative(self.alpha, t)
+
+    def beta_dot(self, t):
+        return self._derivative(self.beta, t)
+
+    @staticmethod
+    def _derivative(function, t):
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            value = function(t) + 0 * t  # a constant has a derivative, too
+            return torch.autograd.grad(value.sum(), t)[0]
 
 
 # The schedules compared in questions 2(d) and 4(d)
@@ -1284,6 +1352,20 @@ def _check_samples(x, y):
             "need two samples (N, F) and (M, F) with N, M >= 2, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
         )
+
+
+def optimal_transport_pairing(x, y):
+    """The permutation that minimises sum_i |x_i - y[permutation]_i|^2; returns (N,).
+
+    x, y: (N, *D), for instance noise and data of one batch (Tong et al. 2024, section 3.2).
+    Exact, by SciPy's solver of the assignment problem: about N^3 operations.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
+    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()) ** 2
+    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=y.device)
 
 
 def mmd2(x, y, bandwidth):

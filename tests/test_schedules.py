@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from helpers import LinearScheduler, PolynomialScheduler, check_scheduler
+from helpers import (
+    CosineScheduler,
+    FunctionScheduler,
+    LinearScheduler,
+    PolynomialScheduler,
+    check_scheduler,
+)
 
 
 class Schedule:
@@ -48,6 +54,22 @@ def test_derivatives_by_autograd(scheduler, name, shape, generator):
     (gradient,) = torch.autograd.grad(value.sum(), t)
     assert value.shape == shape
     torch.testing.assert_close(getattr(scheduler, f"{name}_dot")(t), gradient)
+
+
+def test_function_scheduler_differentiates_its_functions(generator):
+    cosine = CosineScheduler()
+    made = check_scheduler(FunctionScheduler(cosine.alpha, cosine.beta))
+    t = torch.rand(50, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(made.alpha_dot(t), cosine.alpha_dot(t))
+        torch.testing.assert_close(made.beta_dot(t), cosine.beta_dot(t))
+
+
+def test_function_scheduler_admits_constants_and_singular_ends():
+    scheduler = FunctionScheduler(torch.ones_like, lambda t: torch.sqrt(1 - t))
+    ends = torch.tensor([0.0, 1.0])
+    assert scheduler.alpha_dot(ends).tolist() == [0, 0]
+    assert scheduler.beta_dot(ends).tolist() == [-0.5, -math.inf]
 
 
 FAILURES = {
