@@ -1,15 +1,15 @@
 """The shared module of the five notebooks: everything that two cells need.
 
 Contents
-    1 setup      pick_device, make_generator, show_source, save_figure
+    1 setup      pick_device, make_generator, show_source, save_figure, save_animation
     2 solvers    time_grid, euler_maruyama, heun, sde_drift, log_likelihood, ou_moments
     3 data       GaussianMixture, silhouette, load_fashion_mnist, to_model_range, to_image_range
     4 schedules  Linear-, Cosine-, Polynomial-, FunctionScheduler, check_scheduler
     5 paths      GaussianPath: the conditional path, its targets, conversions; reschedule
-    6 networks   MLP, UNet, NoiseScore
+    6 networks   MLP, UNet, guided_velocity, NoiseScore
     7 training   flow_matching_loss, score_matching_loss, train, train_or_load, *_weights
-    8 metrics    mmd2, sliced_wasserstein, frechet_distance, residual_noise, FashionClassifier,
-                 optimal_transport_pairing
+    8 metrics    optimal_transport_pairing, mmd2, sliced_wasserstein, frechet_distance,
+                 precision_recall, residual_noise, FashionClassifier
     9 plots      plot_*(..., ax) -> ax
 
 Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t eps.
@@ -100,23 +100,42 @@ def save_figure(fig, name, caption):
     """
     from IPython.display import Markdown, display
 
-    folder = Path(os.environ.get("FLOW_FIGURES") or ROOT / "figures")
     no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
     png, pdf = io.BytesIO(), io.BytesIO()
     fig.savefig(png, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     fig.savefig(pdf, format="pdf", dpi=150, bbox_inches="tight", metadata=no_dates)
     plt.close(fig)
+    _write_figures({f"{name}.png": png.getvalue(), f"{name}.pdf": pdf.getvalue()})
+    encoded = base64.b64encode(png.getvalue()).decode()
+    display({"image/png": encoded, "text/plain": caption}, raw=True)
+    display(Markdown(f"*{caption}*"))  # front ends show the image and not its text/plain
+
+
+def save_animation(frames, name, *, milliseconds):
+    """Write figures/<name>.gif, which repeats for ever; nothing is displayed.
+
+    frames: grey images (H, W), or (H, W, 3), in [0, 1], each shown for `milliseconds`.
+    """
+    from PIL import Image
+
+    images = [Image.fromarray((255 * frame).round().byte().cpu().numpy()) for frame in frames]
+    gif = io.BytesIO()
+    options = {"duration": milliseconds, "loop": 0, "optimize": True}
+    images[0].save(gif, format="GIF", save_all=True, append_images=images[1:], **options)
+    _write_figures({f"{name}.gif": gif.getvalue()})
+
+
+def _write_figures(files):
+    """Write {name: bytes} to the folder of figures; ValueError if it is not writable."""
+    folder = Path(os.environ.get("FLOW_FIGURES") or ROOT / "figures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / f"{name}.png", png.getvalue())
-        _write_atomically(folder / f"{name}.pdf", pdf.getvalue())
+        for name, content in files.items():
+            _write_atomically(folder / name, content)
     except OSError as error:
         raise ValueError(
             f"cannot write figures to {folder} ({error}); make it writable or set FLOW_FIGURES"
         ) from error
-    encoded = base64.b64encode(png.getvalue()).decode()
-    display({"image/png": encoded, "text/plain": caption}, raw=True)
-    display(Markdown(f"*{caption}*"))  # front ends show the image and not its text/plain
 
 
 def _write_atomically(path, content):
@@ -514,6 +533,11 @@ def silhouette(name, n, *, generator=None):
         found = torch.cat([found, points[inside_silhouette(name, points)]])
     return found[:n]
 
+
+FASHION_CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 
 # SHA-256 of the decompressed IDX files, as published by Zalando Research.
 FASHION_SHA256 = {
@@ -943,6 +967,21 @@ class UNet(nn.Module):
             raise ValueError(f"labels must lie in 0 .. {self.num_classes}, the null label")
 
 
+def guided_velocity(model, labels, guidance):
+    """Classifier-free guidance u(x) + w (u(x | y) - u(x)) as a velocity (Ho & Salimans 2022).
+
+    model: (x, t, labels), where labels=None means none; labels y (B,); guidance w, a number:
+    1 is the conditional velocity. Two evaluations, in one batch.
+    """
+
+    def velocity(x, t):
+        both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
+        with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + guidance * (with_label - without)
+
+    return velocity
+
+
 class NoiseScore(nn.Module):
     """Score model s = -eps_hat / beta around a network that predicts the noise.
 
@@ -988,15 +1027,17 @@ def score_matching_loss(model, path, z, *, weighted=True, generator=None):
     return (residual if weighted else residual / beta).square().mean()
 
 
-def image_batches(images, size):
+def image_batches(images, size, labels=None):
     """Return sample_batch(generator) -> (size, 1, 28, 28) in [-1, 1], drawn with replacement.
 
-    images: uint8 (N, 1, 28, 28), on the generator's device.
+    images: uint8 (N, 1, 28, 28), on the generator's device. With labels (N,), a batch is the
+    pair of images and their labels.
     """
 
     def sample_batch(generator):
         index = torch.randint(len(images), (size,), generator=generator, device=images.device)
-        return to_model_range(images[index])
+        z = to_model_range(images[index])
+        return z if labels is None else (z, labels[index])
 
     return sample_batch
 
@@ -1418,6 +1459,24 @@ def frechet_distance(features_x, features_y):
     return (mean + values.sum() + cov_y.trace() - 2 * cross).item()
 
 
+def precision_recall(real, generated, k=3):
+    """k-nearest-neighbour precision and recall of features (N, F), (M, F); two numbers.
+
+    Precision: the share of generated points that lie within the distance of a real point to its
+    k-th nearest real neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al.
+    2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
+    """
+    _check_samples(real, generated)
+
+    def covered(points, centres):
+        radius = [torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)]
+        radius = torch.cat(radius)  # the nearest, at distance 0, is the point itself
+        inside = [(torch.cdist(p, centres) <= radius).any(dim=1) for p in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(generated, real), covered(real, generated)
+
+
 def residual_noise(x):
     """Median of |x + 1| over the 2x2 corners of images (N, C, H, W) in [-1, 1], before clipping.
 
@@ -1537,15 +1596,19 @@ def plot_loss(losses, ax, *, window=100, floor=None, label=None, **style):
     return ax
 
 
-def plot_images(x, ax, *, columns):
-    """Draw images x (N, 1, H, W) in [-1, 1] as one mosaic with `columns` columns."""
+def mosaic(x, columns):
+    """Images x (N, 1, H, W) in [-1, 1] side by side, as one image (H', W') in [0, 1]."""
     x = to_image_range(x.detach().cpu())[:, 0]
     rows = math.ceil(len(x) / columns)
     x = F.pad(x, (1, 1, 1, 1), value=1.0)  # a white line between the images
     x = F.pad(x, (0, 0, 0, 0, 0, rows * columns - len(x)), value=1.0)
     h, w = x.shape[1:]
-    mosaic = x.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-    ax.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return x.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
+
+
+def plot_images(x, ax, *, columns):
+    """Draw images x (N, 1, H, W) in [-1, 1] as one mosaic with `columns` columns."""
+    ax.imshow(mosaic(x, columns).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     return ax

@@ -13,6 +13,7 @@ from helpers import (
     frechet_distance,
     make_generator,
     mmd2,
+    precision_recall,
     residual_noise,
     save_weights,
     sliced_wasserstein,
@@ -120,6 +121,31 @@ def test_frechet_distance_is_that_of_two_gaussians():
     scaled = x.mean(dim=0) + 3 * (x - x.mean(dim=0))
     assert frechet_distance(x, scaled) == pytest.approx(4 * torch.cov(x.T).trace().item())
     assert frechet_distance(scaled, x.float()) == pytest.approx(frechet_distance(x, scaled))
+
+
+# Precision and recall
+
+
+def test_precision_and_recall_by_hand():
+    """Real points 0, 1, 2 on a line with k = 1: balls of radius 1 about each, so [-1, 3]."""
+    real = torch.tensor([[0.0], [1.0], [2.0]])
+    generated = torch.tensor([[-0.5], [2.9], [3.5], [9.0]])
+    # balls about generated points: radii 3.4, 0.6, 0.6, 5.5
+    assert precision_recall(real, generated, k=1) == (0.5, 1.0)
+    assert precision_recall(generated, real, k=1) == (1.0, 0.5)
+
+
+def test_precision_and_recall_see_different_faults():
+    x, _ = samples(2000, 2, 3)
+    y, _ = samples(2000, 2, 3, seed=1)
+    precision, recall = precision_recall(x, y)
+    assert precision > 0.8
+    assert recall > 0.8
+    narrow_precision, narrow_recall = precision_recall(x, 0.3 * y)
+    assert narrow_precision > precision
+    assert narrow_recall < recall / 2
+    far_precision, _ = precision_recall(x, 3 * y)
+    assert far_precision < precision / 2
 
 
 # Images

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import MLP, GaussianPath, LinearScheduler, NoiseScore, UNet, heun, time_grid
+from helpers import (
+    MLP,
+    GaussianPath,
+    LinearScheduler,
+    NoiseScore,
+    UNet,
+    guided_velocity,
+    heun,
+    time_grid,
+)
 
 SMALL = (16, 16, 16)
 
@@ -161,6 +170,19 @@ def test_solvers_leave_the_mode_of_a_network(training):
     model = UNet(SMALL).train(training)
     heun(model, batch(2, 1, 8, 8), time_grid(1))
     assert all(module.training is training for module in model.modules())
+
+
+def test_guidance_extrapolates_from_the_unconditional_field():
+    model, x, t = shaken(UNet(SMALL, num_classes=3)).eval(), batch(2, 1, 8, 8), torch.rand(2)
+    labels = torch.tensor([2, 0])
+    with_label, without = model(x, t, labels), model(x, t)
+    for guidance, expected in (
+        (0, without),
+        (1, with_label),
+        (3, 3 * with_label - 2 * without),
+    ):
+        found = guided_velocity(model, labels, guidance)(x, t)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 # NoiseScore

@@ -177,7 +177,7 @@ def test_no_cell_has(name, pattern, notebook):
 
 
 def test_every_png_has_its_pdf_and_nothing_else_is_there():
-    names = {path.name for path in (ROOT / "figures").iterdir()}
+    names = {path.name for path in (ROOT / "figures").iterdir() if path.suffix != ".gif"}
     assert names == {path.stem + kind for path in PNGS for kind in (".png", ".pdf")}
 
 
@@ -186,8 +186,15 @@ def test_size_of_figures(path):
     assert path.stat().st_size < 200_000
 
 
+def test_animations_are_small_and_made_by_a_notebook():
+    code = "".join(cell["source"] for path in PATHS for cell in Notebook(path).code)
+    for path in (ROOT / "figures").glob("*.gif"):
+        assert path.stat().st_size < 2e6
+        assert re.search(rf'save_animation\([^)]*"{path.stem}"', code)
+
+
 def test_figures_are_what_the_notebooks_show():
-    """Byte for byte and once each, in the notebook of their question."""
+    """Byte for byte and once each, in the notebook of their question; beyond_* in any."""
     shown = {image: path.stem[1] for path in PATHS for image, _ in Notebook(path).images()}
     files = {path.read_bytes(): path.name for path in PNGS}
     assert len(shown) == sum(len(Notebook(path).images()) for path in PATHS)
@@ -198,7 +205,7 @@ def test_figures_are_what_the_notebooks_show():
     ]
     missing += [name for image, name in files.items() if image not in shown]
     assert not missing
-    assert not [name for image, name in files.items() if name[0] != shown[image]]
+    assert not [name for image, name in files.items() if name[0] not in ("b", shown[image])]
 
 
 def test_captions(notebook):

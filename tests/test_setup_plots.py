@@ -8,9 +8,10 @@ import IPython.display
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from PIL import Image
 
 import helpers
-from helpers import make_generator, pick_device, save_figure, show_source
+from helpers import make_generator, pick_device, save_animation, save_figure, show_source
 
 
 @pytest.fixture
@@ -148,6 +149,22 @@ def test_a_figure_is_replaced(figures, shown):
     save_figure(draw(), "same", "Two.")
     assert (figures / "same.png").read_bytes() != before
     assert len(list(figures.iterdir())) == 2
+
+
+def test_an_animation_holds_its_frames(figures, shown):
+    frames = [torch.full((6, 8), level) for level in (0.0, 0.5, 1.0)]
+    save_animation(frames, "moving", milliseconds=70)
+    assert shown == []
+    with Image.open(figures / "moving.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (
+            3,
+            (8, 6),
+            70,
+            0,
+        )
+        for number, level in enumerate((0, 128, 255)):
+            gif.seek(number)
+            assert gif.convert("L").getpixel((3, 3)) == level
 
 
 def test_an_unwritable_folder_is_named(tmp_path, monkeypatch, shown):

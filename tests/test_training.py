@@ -162,6 +162,9 @@ def test_image_batches():
     levels = ((batch[:, 0, 0, 0] + 1) * 127.5).round().int()
     assert sorted(set(levels.tolist())) == list(range(10))
     assert torch.equal(batch, sample_batch(make_generator(0)))
+    same, labels = image_batches(stored, 1000, labels=torch.arange(10))(make_generator(0))
+    assert torch.equal(same, batch)
+    assert torch.equal(labels, levels)
 
 
 # The learning rate and the average

@@ -1,0 +1,265 @@
+"""Speed and memory of training, sampling and simulation: one table, measured in one run.
+
+Usage: python tests/benchmarks.py [--json FILE] [--repeats N]
+Every case runs in a process of its own, so that its peak memory is its own; times are medians
+over the repeats, after a warm-up. The convolution peak is measured on the shapes that the UNet
+has in training, one convolution at a time, forwards and backwards.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import helpers
+from helpers import GaussianPath, LinearScheduler, UNet
+
+BATCH = 250
+DEVICE = helpers.pick_device()
+
+
+def median_seconds(call, repeats):
+    """Median wall time of call() after one warm-up call."""
+
+    def timed():
+        start = time.perf_counter()
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    timed()
+    return statistics.median(timed() for _ in range(repeats))
+
+
+# Training
+
+
+def training_step(model, precision):
+    """One step of train as a call without arguments, and the precision that it uses."""
+    path = GaussianPath(LinearScheduler())
+    images, _ = helpers.load_fashion_mnist("train")
+    sample_batch = helpers.image_batches(images.to(DEVICE), BATCH)
+
+    def loss(model, z, *, generator):
+        return helpers.flow_matching_loss(model, path, z, generator=generator)
+
+    run = helpers._TrainingRun(model.train(), seed=0, lr=1e-3, precision=precision)
+    return lambda: run.update(loss, sample_batch, 1e-3, 1.0, 0.999), run.precision
+
+
+def operations(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def training(repeats):
+    step, precision = training_step(UNet().to(DEVICE), None)
+    return {
+        "seconds": median_seconds(step, repeats),
+        "precision": precision,
+        "operations": operations(step),
+    }
+
+
+def training_plain(repeats):
+    """The same network in float32 and the default memory layout."""
+    model = UNet().to(DEVICE).to(memory_format=torch.contiguous_format)
+    step, precision = training_step(model, "float32")
+    return {"seconds": median_seconds(step, repeats), "precision": precision}
+
+
+def convolutions(repeats):
+    """All convolutions of a training step alone, forwards and backwards, one at a time."""
+    model, calls = UNet().to(DEVICE), []
+    precision = getattr(torch, helpers.choose_precision(model, DEVICE))
+
+    def remember(module, inputs, output):
+        calls.append((module, inputs[0].shape, output.shape))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(remember)
+    with torch.no_grad():
+        model(torch.randn(BATCH, 1, 28, 28, device=DEVICE), torch.rand(BATCH, device=DEVICE))
+    seconds = {}
+    for module, shape, out_shape in calls:
+        key = (shape, out_shape, module.kernel_size, module.stride)
+        if key not in seconds:
+            layer = module.to(precision)
+            form = {"dtype": precision, "device": DEVICE}
+            x = torch.randn(shape, **form).to(memory_format=torch.channels_last)
+            gradient = torch.randn(out_shape, **form).to(memory_format=torch.channels_last)
+            x.requires_grad_(shape[1] > 1)  # the image needs no gradient
+            layer._forward_hooks.clear()
+
+            def both(layer=layer, x=x, gradient=gradient):
+                layer(x).backward(gradient)
+
+            seconds[key] = median_seconds(both, repeats)
+    total = sum(seconds[(s, o, m.kernel_size, m.stride)] for m, s, o in calls)
+    return {"seconds": total, "precision": str(precision).removeprefix("torch.")}
+
+
+# Sampling
+
+
+def sampler(method, evaluations, precision):
+    """A call that samples 64 images with flow_linear."""
+    model = helpers.load_weights(UNet(), "flow_linear").to(DEVICE)
+    x0 = torch.randn(64, 1, 28, 28, generator=helpers.make_generator(0)).to(DEVICE)
+    dtype = getattr(torch, precision)
+
+    def sample():
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            if method == "heun":
+                return helpers.heun(model, x0, helpers.time_grid(evaluations // 2))
+            return helpers.euler_maruyama(model, 0, x0, helpers.time_grid(evaluations))
+
+    return sample
+
+
+def sampling(method, evaluations):
+    def case(repeats):
+        precision = helpers.choose_precision(UNet(), DEVICE)
+        fast, exact = (sampler(method, evaluations, p) for p in (precision, "float32"))
+        difference = (fast() - exact()).square().mean().sqrt().item()
+        return {
+            "seconds": median_seconds(fast, repeats),
+            "precision": precision,
+            "rms_to_float32": difference,
+            "seconds_float32": median_seconds(exact, repeats),
+        }
+
+    return case
+
+
+# Simulation: 1e5 Ornstein-Uhlenbeck paths, 1000 steps
+
+PATHS, STEPS = 100_000, 1000
+
+
+def normals(repeats):
+    generator, noise = torch.Generator(DEVICE).manual_seed(0), torch.empty(PATHS, device=DEVICE)
+
+    def draw():
+        for _ in range(STEPS):
+            noise.normal_(generator=generator)
+
+    return {"seconds": median_seconds(draw, repeats)}
+
+
+def simulation(repeats):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x0, ts = torch.ones(PATHS, device=DEVICE), helpers.time_grid(STEPS)
+
+    def simulate():
+        return helpers.euler_maruyama(lambda x, t: -x, 0.5, x0, ts, generator=generator)
+
+    return {"seconds": median_seconds(simulate, repeats)}
+
+
+def simulation_torchsde(repeats):
+    import torchsde
+
+    class OU(torch.nn.Module):
+        noise_type, sde_type = "diagonal", "ito"
+
+        def f(self, t, y):
+            return -y
+
+        def g(self, t, y):
+            return torch.full_like(y, 0.5)
+
+    x0, ts = torch.ones(PATHS, 1, device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
+
+    def simulate():
+        with torch.no_grad():
+            return torchsde.sdeint(OU(), x0, ts, method="euler", dt=1 / STEPS)
+
+    return {"seconds": median_seconds(simulate, 1)}
+
+
+CASES = {
+    "training step": training,
+    "training step, plain float32": training_plain,
+    "its convolutions alone": convolutions,
+    "64 images, Heun, 32 evaluations": sampling("heun", 32),
+    "64 images, Euler, 100 evaluations": sampling("euler", 100),
+    "1e5 x 1000 normals": normals,
+    "1e5 OU paths, 1000 steps": simulation,
+    "the same by torchsde": simulation_torchsde,
+}
+
+
+def run_case(name, repeats):
+    """Run one case here; its figures with the peak memory of this process in GiB."""
+    result = CASES[name](repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {**result, "peak_gib": peak / 2**30}
+
+
+def measure(repeats):
+    results = {}
+    for name in CASES:
+        if "torchsde" in name and importlib.util.find_spec("torchsde") is None:
+            print("torchsde is not installed: its case is left out", file=sys.stderr)
+            continue
+        command = [sys.executable, __file__, "--case", name, "--repeats", str(repeats)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[name] = json.loads(output)
+        print(f"{name}: {results[name]['seconds']:.3f} s", file=sys.stderr)
+    return results
+
+
+def table(results):
+    """The results as lines of text, with the ratios that matter."""
+    lines = [f"{'case':36s} {'median s':>9s} {'peak GiB':>9s}"]
+    for name, row in results.items():
+        lines.append(f"{name:36s} {row['seconds']:9.3f} {row['peak_gib']:9.2f}")
+    step, plain, alone, heun, _, draw, simulate, *torchsde = results.values()
+    rate = step["operations"] / alone["seconds"] / 1e9
+    lines += [
+        f"5000 steps: {5000 * step['seconds'] / 60:.0f} minutes, in {step['precision']}",
+        f"plain / ours: {plain['seconds'] / step['seconds']:.2f}",
+        f"convolutions alone / step: {alone['seconds'] / step['seconds']:.2f}",
+        f"convolution peak: {rate:.0f} GFLOP/s, {step['operations'] / 1e9:.0f} GFLOP a step",
+        f"RMS of {heun['precision']} against float32 in sampling: {heun['rms_to_float32']:.3f}",
+        f"normals alone / simulation: {draw['seconds'] / simulate['seconds']:.2f}",
+    ]
+    lines += [f"torchsde / ours: {row['seconds'] / simulate['seconds']:.1f}" for row in torchsde]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(arguments.case, arguments.repeats)))
+        return
+    machine = {**helpers.describe_machine(DEVICE), "processor_name": platform.processor()}
+    results = measure(arguments.repeats)
+    print(json.dumps(machine))
+    print(table(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**machine, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Do the unit tests notice a fault? Make one-line faults in helpers.py, one at a time.
+
+Usage: python tests/mutations.py [--workers N] [text ...]
+Each fault is made in a copy of the repository, where the unit tests run alone: nbval and the
+guards that compare stored source do not count. Prints every fault with the test that noticed
+it, and exits with 1 if one survived. With texts, only the faults that contain one of them.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# (what is in helpers.py, exactly once; what replaces it)
+FAULTS = [
+    # solvers
+    ("x = torch.add(x, _evaluate(drift, x, t), alpha=h)", "x = x + _evaluate(drift, x, t)"),
+    ("alpha=math.sqrt(h) * float(diffusion)", "alpha=h * float(diffusion)"),
+    ("_diffusion_at(diffusion, x, t), value=math.sqrt(h)", "_diffusion_at(diffusion, x, t)"),
+    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x, generator) * "
+     "_randn_like(x, generator)\n    if not"),
+    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x, generator)\n"
+     "    _randn_like(x, generator)\n    if not"),
+    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x[:1], "
+     "generator).expand_as(x)\n    if not"),
+    ("slope_next = _evaluate(velocity, guess, t_next", "slope_next = _evaluate(velocity, guess, "
+     "t_cur"),
+    ("torch.add(x, slope + slope_next, alpha=h / 2)", "torch.add(x, slope, alpha=h)"),
+    ("half = diffusion**2 / 2", "half = diffusion / 2"),
+    ("x, t) ** 2 / 2 * score", "x, t) / 2 * score"),
+    ("x, t) ** 2 / 2 * score", "x, t) ** 2 * score"),
+    ("return lambda x, t: velocity(x, t) + half", "return lambda x, t: velocity(x, t) - half"),
+    ("-torch.expm1(-2 * theta * t) / rate", "-torch.expm1(-theta * t) / rate"),
+    ("torch.ones_like(theta), 2 * theta)", "torch.ones_like(theta), theta)"),
+    ("x0 * torch.exp(-theta * t), sigma**2", "x0 * torch.exp(-theta * t), sigma"),
+    ("return terms.sum(dim=0) if exact", "return terms.mean(dim=0) if exact"),
+    ("return change - (z.square()", "return -change - (z.square()"),
+    # mixture
+    ("means + self.stds[index, None] *", "means + self.stds[index, None] ** 2 *"),
+    ("torch.sqrt(alpha**2 * self.stds**2 + beta**2), self", "alpha * self.stds + beta, self"),
+    ("log_norm = x.shape[1] * torch", "log_norm = torch"),
+    ("gain = (alpha_dot * alpha * self.stds**2 + beta_dot", "gain = (alpha_dot * self.stds**2 + "
+     "beta_dot"),
+    ("(alpha_dot * beta - alpha * beta_dot) ** 2 / variance", "(alpha_dot * beta + alpha * "
+     "beta_dot) ** 2 / variance"),
+    ("- x.shape[1] / 2 * torch.log(variance)", "- x.shape[1] * torch.log(variance)"),
+    ("between + x.shape[1] * (post", "between + (post"),
+    # schedules and paths
+    ("return math.pi / 2 * torch.sin(math.pi / 2 * (1", "return torch.sin(math.pi / 2 * (1"),
+    ("return -math.pi / 2 * torch.sin", "return math.pi / 2 * torch.sin"),
+    ("return torch.sin(math.pi / 2 * (1 - t))\n\n    def alpha_dot", "return torch.cos(math.pi / 2 "
+     "* t)\n\n    def alpha_dot"),
+    ("return alpha * z + beta * eps", "return beta * z + alpha * eps"),
+    ("return alpha * z + beta * eps", "return alpha * z + beta**2 * eps"),
+    ("return alpha_dot * z + beta_dot * eps", "return alpha_dot * z - beta_dot * eps"),
+    ("(alpha_dot - beta_dot / beta * alpha) * z", "(alpha_dot - beta_dot / beta) * z"),
+    ("return -(x - alpha * z) / beta**2", "return -(x - alpha * z) / beta"),
+    ("return -(x - alpha * z) / beta**2", "return -(x - z) / beta**2"),
+    ("return (alpha * u - alpha_dot * x) / (beta *", "return (u - alpha_dot * x) / (beta *"),
+    ("return -eps / beta\n", "return -eps / beta**2\n"),
+    ("return (beta * u - beta_dot * x) /", "return (beta * u + beta_dot * x) /"),
+    ("t.reshape(-1, *[1] * (x.ndim - 1))", "t"),
+    ("growth = expand_like(alpha_dot + beta_dot, x) * linear_x", "growth = 0"),
+    ("/ scale  # c s_dot", "  # c s_dot"),
+    # networks
+    ("shift, self.norm2(h), 1 + scale)", "shift, self.norm2(h), scale)"),
+    ("torch.addcmul(shift, self.norm2(h), 1 + scale)", "self.norm2(h) * (1 + scale)"),
+    ("return x + self.conv2(F.silu(h))", "return self.conv2(F.silu(h))"),
+    ("h = self.mix1(torch.cat([h, skip1], dim=1))", "h = self.mix1(torch.cat([h, h], dim=1))"),
+    ("return -self.net(x, t) / self.path.scheduler.beta", "return self.net(x, t) / self.path."
+     "scheduler.beta"),
+    ("nn.init.zeros_(self.head[-1].weight)", "pass"),
+    # training
+    ("residual = beta * model", "residual = model"),
+    ("(residual if weighted else residual / beta)", "(residual if weighted else residual * beta)"),
+    ("eps = _randn_like(z, generator) if source is None else source", "eps = _randn_like(z, "
+     "generator)"),
+    ("return peak * (step + 1) / warmup", "return peak"),
+    ("(1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2", "1.0"),
+    ("decay = min(ema, (1 + self.step) / (10 + self.step))", "decay = 0.0"),
+    ("decay = min(ema, (1 + self.step) / (10 + self.step))", "decay = ema"),
+    ("self.generator.set_state(self.generator_state)", "pass"),
+    ("self.optimizer.load_state_dict(state[\"optimizer\"])", "pass"),
+    # metrics
+    ("/ (2 * bandwidth**2))", "/ bandwidth**2)"),
+    ("(xx.sum() - xx.trace()) / (n * (n - 1))", "xx.sum() / (n * n)"),
+    ("directions = directions / directions.norm(dim=0)", "directions = directions"),
+    ("difference.square().mean().sqrt().item()", "difference.abs().mean().item()"),
+    ("cov_y.trace() - 2 * cross", "cov_y.trace() - cross"),
+    ("return (x[:, :, ends][..., ends] + 1).abs()", "return (x[:, :, ends][..., ends]).abs()"),
+]  # fmt: skip
+
+
+def test_with_fault(number):
+    """The first unit test that fails with this fault, or None."""
+    old, new = FAULTS[number]
+    source = (ROOT / "helpers.py").read_text()
+    if source.count(old) != 1:
+        return f"the list is out of date: {source.count(old)} places hold this text"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("tests", "notebooks"):
+            shutil.copytree(ROOT / name, copy / name)
+        for name in ("conftest.py", "pyproject.toml", "README.md", "requirements.txt"):
+            shutil.copy(ROOT / name, copy / name)
+        (copy / "data").symlink_to(ROOT / "data")
+        (copy / "helpers.py").write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests"]
+        command += ["--ignore=tests/test_notebooks.py", "--tb=no"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    return found.group(1) if found else run.stdout[-300:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", nargs="*")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    chosen = [
+        number
+        for number, fault in enumerate(FAULTS)
+        if not arguments.texts or any(text in part for part in fault for text in arguments.texts)
+    ]
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
+        for number, killer in zip(chosen, pool.map(test_with_fault, chosen), strict=True):
+            old, new = (" ".join(text.split()) for text in FAULTS[number])
+            print(
+                f"{'SURVIVED' if killer is None else 'noticed '} {old}  ->  {new}   {killer or ''}"
+            )
+            sys.stdout.flush()
+            survivors += killer is None
+    print(f"{len(chosen)} faults, {survivors} survivors")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
