@@ -99,12 +99,16 @@ def save_figure(fig, name, caption):
     figure gives the same bytes. Closes fig. Raises ValueError if the folder is not writable.
     """
     from IPython.display import Markdown, display
+    from PIL import Image
 
     no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
-    png, pdf = io.BytesIO(), io.BytesIO()
-    fig.savefig(png, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    drawn, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=100, bbox_inches="tight")
     fig.savefig(pdf, format="pdf", dpi=150, bbox_inches="tight", metadata=no_dates)
     plt.close(fig)
+    # 256 colours: no visible difference, and less than half the size
+    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    palette.save(png, format="PNG", optimize=True)
     _write_figures({f"{name}.png": png.getvalue(), f"{name}.pdf": pdf.getvalue()})
     encoded = base64.b64encode(png.getvalue()).decode()
     display({"image/png": encoded, "text/plain": caption}, raw=True)

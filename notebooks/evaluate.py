@@ -1,14 +1,18 @@
 """Make the records under data/records that are too heavy for every run of the notebooks.
 
-Usage: python notebooks/evaluate.py [classifier] [floor] [schedulers] [sigma]
-    classifier   train the network that measures samples (data/weights/classifier.pt)
-    floor        the Frechet distance of real images, ten sets of 500 and of 1000
-    schedulers   question 4(d): the flow sampled along every schedule by Heun's method
-    sigma        question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
+Usage: python notebooks/evaluate.py [name ...], with the names
+    classifier        train the network that measures samples (data/weights/classifier.pt)
+    floor             the Frechet distance of real images, ten sets of 500 and of 1000
+    schedulers        question 4(d): the flow sampled along every schedule by Heun's method
+    sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
+    sigma_contained   the same with the score that the velocity contains, without a second network
+    budgets           notebook 05: score SDE and flow ODE in the plane, at equal budgets
 Without a name, all but the classifier. A record holds N, function evaluations, seeds, device,
 versions and the SHA-256 of the weights; the notebooks refuse a record of other weights.
 """
 
+import functools
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -30,7 +34,7 @@ class Judge:
     def __init__(self, device):
         self.device = device
         self.classifier = helpers.FashionClassifier().to(device)
-        test, _ = helpers.load_fashion_mnist("test")
+        test, self.labels = helpers.load_fashion_mnist("test")
         self.test = helpers.to_model_range(test)
         self.test_features = self.features(self.test)
 
@@ -39,6 +43,11 @@ class Judge:
         """Features (N, 64) of images, clipped to [-1, 1] as they are for display."""
         chunks = [self.classifier.features(c.to(self.device)) for c in x.clamp(-1, 1).split(500)]
         return torch.cat(chunks).cpu()
+
+    @torch.no_grad()
+    def classes(self, features):
+        """The most likely class for each row of features, (N,)."""
+        return self.classifier.logits(features.to(self.device)).argmax(dim=1).cpu()
 
     def measure(self, x):
         """Frechet and sliced Wasserstein distances to test images, and residual noise."""
@@ -64,6 +73,12 @@ def sample(solve, n, device, precision):
     return torch.cat(chunks)
 
 
+def save(name, networks, rows, device, **settings):
+    """Write a record: its settings, the machine, and one row for each case."""
+    content = {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
+    helpers.save_evaluation(name, networks, content)
+
+
 def train_classifier(device):
     """Train FashionClassifier by cross-entropy; record its accuracy on the test images."""
     images, labels = (x.to(device) for x in helpers.load_fashion_mnist("train"))
@@ -83,7 +98,7 @@ def train_classifier(device):
     def loss(model, batch, *, generator):
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    model, _ = helpers.train_or_load(
+    helpers.train_or_load(
         "classifier",
         lambda: helpers.FashionClassifier(pretrained=False),
         loss,
@@ -92,10 +107,8 @@ def train_classifier(device):
         device=device,
         retrain=True,
     )
-    test, truth = helpers.load_fashion_mnist("test")
-    with torch.no_grad():
-        guesses = [model(helpers.to_model_range(c.to(device))).argmax(1) for c in test.split(500)]
-    accuracy = (torch.cat(guesses).cpu() == truth).double().mean().item()
+    judge = Judge(device)
+    accuracy = (judge.classes(judge.test_features) == judge.labels).double().mean().item()
     helpers.save_evaluation("classifier", ["classifier"], {"test_accuracy": accuracy})
     print(f"classifier: test accuracy {accuracy:.4f}")
 
@@ -110,8 +123,7 @@ def evaluate_floor(judge, device, draws=10):
         values = [helpers.frechet_distance(x, judge.test_features) for x in sets]
         rows.append({"n": n, "mean": statistics.mean(values), "std": statistics.stdev(values)})
         print(rows[-1], flush=True)
-    content = {"draws": draws, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
-    helpers.save_evaluation("floor", ["classifier"], content)
+    save("floor", ["classifier"], rows, device, draws=draws)
 
 
 def evaluate_schedulers(judge, device, n=1000):
@@ -129,21 +141,16 @@ def evaluate_schedulers(judge, device, n=1000):
             x = sample(solve, n, device, precision)
             rows.append({"scheduler": name, "evaluations": 2 * steps, **judge.measure(x)})
             print(rows[-1], flush=True)
-    content = {"n": n, "seed": SEED, "precision": precision}
-    content |= {**helpers.describe_machine(device), "rows": rows}
-    helpers.save_evaluation("schedulers", ["flow_linear", "classifier"], content)
+    save("schedulers", ["flow_linear", "classifier"], rows, device, n=n, precision=precision)
 
 
-def evaluate_sigma(judge, device, n=500):
-    """Question 5(b): Euler-Maruyama on eq. (3), with the score that the velocity contains."""
-    path = helpers.GaussianPath(helpers.LinearScheduler())
-    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
-    precision = helpers.choose_precision(velocity, device)
+def sample_every_sigma(make_drift, judge, device, precision, n):
+    """Rows for every sigma_t at 50 and 250 steps; make_drift(sigma) is the drift of eq. (3)."""
     rows = []
     for steps in (50, 250):
         ts = helpers.time_grid(steps)
         for label, sigma in helpers.SIGMAS.items():
-            drift = helpers.sde_drift_from_velocity(velocity, path, sigma)
+            drift = make_drift(sigma)
 
             def solve(x0, generator, drift=drift, sigma=sigma, ts=ts):
                 return helpers.euler_maruyama(drift, sigma, x0, ts, generator=generator)
@@ -154,23 +161,128 @@ def evaluate_sigma(judge, device, n=500):
             away = (x.clamp(-1, 1) - ode.clamp(-1, 1)).square().mean().sqrt().item()
             rows.append({"sigma": label, "steps": steps, **judge.measure(x), "rms_to_ode": away})
             print(rows[-1], flush=True)
-    content = {"n": n, "seed": SEED, "precision": precision}
-    content |= {**helpers.describe_machine(device), "rows": rows}
-    helpers.save_evaluation("sigma", ["flow_linear", "classifier"], content)
+    return rows
+
+
+def evaluate_sigma(judge, device, n=500):
+    """Question 5(b): Euler-Maruyama on eq. (3), with the trained velocity and score."""
+    path = helpers.GaussianPath(helpers.LinearScheduler())
+    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
+    net = helpers.load_weights(UNet(), "score_linear").to(device)
+    precision = helpers.choose_precision(velocity, device)
+    make_drift = functools.partial(helpers.sde_drift, velocity, helpers.NoiseScore(net, path))
+    rows = sample_every_sigma(make_drift, judge, device, precision, n)
+    networks = ["flow_linear", "score_linear", "classifier"]
+    save("sigma", networks, rows, device, n=n, precision=precision)
+
+
+def evaluate_sigma_contained(judge, device, n=500):
+    """Question 5(b) with one network: the score that the velocity contains."""
+    path = helpers.GaussianPath(helpers.LinearScheduler())
+    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
+    precision = helpers.choose_precision(velocity, device)
+    make_drift = functools.partial(helpers.sde_drift_from_velocity, velocity, path)
+    rows = sample_every_sigma(make_drift, judge, device, precision, n)
+    save("sigma_contained", ["flow_linear", "classifier"], rows, device, n=n, precision=precision)
+
+
+def train_dog(loss, dogs, *, hidden, steps, batch, lr, seed):
+    """Train an MLP of three hidden layers on points of the dog; returns it in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = helpers.MLP(hidden=hidden, layers=3).to(dogs.device)
+
+    def sample_batch(generator):
+        index = torch.randint(len(dogs), (batch,), generator=generator, device=dogs.device)
+        return dogs[index]
+
+    helpers.train(net, loss, sample_batch, steps=steps, lr=lr, seed=seed)
+    return net
+
+
+def dog_samplers(path, net, evaluations):
+    """(drift, diffusion, times) of an SDE and an ODE with as many evaluations of the network.
+
+    net predicts the velocity if the path is linear, else the noise of the variance-preserving
+    path, whose SDE has the rate 2/t, singular at t = 0: it starts at t = 0.01.
+    """
+    if isinstance(path.scheduler, helpers.LinearScheduler):
+        ts, sigma = helpers.time_grid(evaluations), helpers.SIGMAS["sqrt(2 beta)"]
+        drift = helpers.sde_drift_from_velocity(net, path, sigma)
+        return {"SDE": (drift, sigma, ts), "ODE": (net, 0, ts)}
+    ts = 1 - (1 - helpers.time_grid(evaluations, start=0.005)) ** 2
+    score = helpers.NoiseScore(net, path)
+
+    def drift(x, t, factor=2):
+        return (x + factor * score(x, t)) / helpers.expand_like(t, x)
+
+    def velocity(x, t):
+        return drift(x, t, factor=1)
+
+    return {"SDE": (drift, lambda t: torch.sqrt(2 / t), ts), "ODE": (velocity, 0, ts)}
+
+
+def evaluate_budgets(device, n=2000, evaluations=200, batch=256, lr=4e-3, points=20_000):
+    """Beyond the assignment: score SDE and flow ODE from noise to the dog at equal budgets."""
+    generator = helpers.make_generator(SEED)
+    dogs = helpers.silhouette("dog", points, generator=generator).to(device)
+    real = helpers.silhouette("dog", 9 * n, generator=generator).split(n)
+    noise = torch.randn(n, 2, generator=generator).to(device)
+    preserving = helpers.FunctionScheduler(lambda t: t, lambda t: torch.sqrt(1 - t**2))
+    flow_path = helpers.GaussianPath(helpers.LinearScheduler())
+    score_path = helpers.GaussianPath(preserving)
+
+    def flow_loss(net, z, *, generator):
+        return helpers.flow_matching_loss(net, flow_path, z, generator=generator)
+
+    def score_loss(net, z, *, generator):
+        score = helpers.NoiseScore(net, score_path)
+        return helpers.score_matching_loss(score, score_path, z, generator=generator)
+
+    def distance(x):
+        directions = helpers.make_generator(SEED)
+        return helpers.sliced_wasserstein(real[0], x.cpu(), generator=directions)
+
+    rows = []
+    kinds = {"flow": (flow_path, flow_loss), "score": (score_path, score_loss)}
+    budgets = itertools.product((32, 128), (250, 1000, 4000), range(3), kinds)
+    for hidden, steps, seed, kind in budgets:
+        path, loss = kinds[kind]
+        case = {"hidden": hidden, "steps": steps, "seed": seed}
+        net = train_dog(loss, dogs, batch=batch, lr=lr, **case)
+        for sampler, (drift, sigma, ts) in dog_samplers(path, net, evaluations).items():
+            x = helpers.euler_maruyama(drift, sigma, noise, ts, generator=generator)
+            measures = {
+                "sliced_wasserstein": distance(x),
+                "mmd2": helpers.mmd2(real[0], x.cpu(), 0.3),
+            }
+            rows.append({"network": kind, "sampler": sampler, **case, **measures})
+        print(rows[-2], rows[-1]["sliced_wasserstein"], flush=True)
+    floor = [distance(x) for x in real[1:]]
+    settings = {"n": n, "evaluations": evaluations, "batch": batch, "lr": lr, "points": points}
+    save("budgets", [], rows, device, **settings, bandwidth=0.3, floor=floor)
+
+
+JOBS = {
+    "floor": evaluate_floor,
+    "schedulers": evaluate_schedulers,
+    "sigma": evaluate_sigma,
+    "sigma_contained": evaluate_sigma_contained,
+    "budgets": lambda judge, device: evaluate_budgets(device),
+}
 
 
 def main(names):
-    jobs = {"floor": evaluate_floor, "schedulers": evaluate_schedulers, "sigma": evaluate_sigma}
-    names = names or list(jobs)
-    unknown = set(names) - {"classifier", *jobs}
+    names = names or list(JOBS)
+    unknown = set(names) - {"classifier", *JOBS}
     if unknown:
         sys.exit(
-            f"unknown: {', '.join(sorted(unknown))}; choose from classifier, {', '.join(jobs)}"
+            f"unknown: {', '.join(sorted(unknown))}; choose from classifier, {', '.join(JOBS)}"
         )
     device = helpers.pick_device()
     if "classifier" in names:
         train_classifier(device)
-    chosen = [job for name, job in jobs.items() if name in names]
+    chosen = [job for name, job in JOBS.items() if name in names]
     judge = Judge(device) if chosen else None
     for job in chosen:
         job(judge, device)
