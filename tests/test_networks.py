@@ -9,6 +9,7 @@ from helpers import (
     GaussianPath,
     LinearScheduler,
     NoiseScore,
+    ResidualLayer,
     UNet,
     guided_velocity,
     heun,
@@ -151,6 +152,20 @@ def test_a_fresh_unet_is_zero_and_its_layers_the_identity():
     assert torch.equal(model(x, torch.rand(2)), torch.zeros_like(x))
     h, embedding = batch(2, 16, 8, 8), batch(2, 128)
     assert torch.equal(model.bottleneck[0](h, embedding), h)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.0, 0.0), (1.0, 0.0), (0.0, 3.0)])
+def test_the_time_scales_and_shifts_the_second_norm(scale, shift):
+    """With scale 0 and shift 0 the norm passes unchanged; 1 doubles it; a shift is added."""
+    layer, seen = shaken(ResidualLayer(16, 8)), {}
+    with torch.no_grad():
+        layer.time.weight.zero_()
+        layer.time.bias.copy_(torch.cat([torch.full((16,), scale), torch.full((16,), shift)]))
+    layer.norm2.register_forward_hook(lambda module, inputs, output: seen.update(norm=output))
+    layer.conv2.register_forward_hook(lambda module, inputs, output: seen.update(last=inputs[0]))
+    layer(batch(2, 16, 4, 4), batch(2, 8))
+    expected = nn.functional.silu((2 if scale else 1) * seen["norm"] + shift)
+    torch.testing.assert_close(seen["last"], expected)
 
 
 def test_labels():
