@@ -113,21 +113,18 @@ def test_reschedule(pair, points):
 # torchcfm
 
 
-def test_linear_path_of_torchcfm(points):
+@pytest.mark.parametrize(
+    ("scheduler", "matcher"),
+    [
+        ("linear", "ConditionalFlowMatcher"),
+        ("cosine", "VariancePreservingConditionalFlowMatcher"),
+    ],
+)
+def test_paths_of_torchcfm(scheduler, matcher, points):
     torchcfm = peer("torchcfm")
     z, eps, t = points
-    path = GaussianPath(helpers.LinearScheduler())
-    matcher = torchcfm.ConditionalFlowMatcher(sigma=0.0)
-    _, x, u = matcher.sample_location_and_conditional_flow(eps, z, t=t)
-    torch.testing.assert_close(path.sample(z, t, eps), x, **NEAR)
-    torch.testing.assert_close(path.velocity_target(z, t, eps), u, **NEAR)
-
-
-def test_trigonometric_path_of_torchcfm(points):
-    torchcfm = peer("torchcfm")
-    z, eps, t = points
-    path = GaussianPath(helpers.CosineScheduler())
-    matcher = torchcfm.VariancePreservingConditionalFlowMatcher(sigma=0.0)
+    path = GaussianPath(helpers.SCHEDULERS[scheduler])
+    matcher = getattr(torchcfm, matcher)(sigma=0.0)
     _, x, u = matcher.sample_location_and_conditional_flow(eps, z, t=t)
     torch.testing.assert_close(path.sample(z, t, eps), x, **NEAR)
     torch.testing.assert_close(path.velocity_target(z, t, eps), u, **NEAR)
