@@ -1127,6 +1127,7 @@ def train(
     precision=None,
     checkpoint=None,
     checkpoint_every=250,
+    config=None,
     log=None,
 ):
     """Train with Adam and return the losses, float32 (steps,) on the CPU.
@@ -1137,14 +1138,15 @@ def train(
     exponential moving average of its weights (decay min(ema, (1 + n) / (10 + n))) in eval
     mode. precision: autocast dtype, chosen by choose_precision if None.
     checkpoint: a file, written every checkpoint_every steps and on interruption; a run that
-    finds it resumes there, with bit-identical results on the CPU. log: a dict that receives
-    "seconds" and "precision". Raises FloatingPointError if the loss diverges, ValueError if
-    the checkpoint is of another configuration.
+    finds it resumes there, with bit-identical results on the CPU. config: what else a
+    checkpoint must have in common with the run, such as the batch size, a dict. log: a dict
+    that receives "seconds" and "precision". Raises FloatingPointError if the loss diverges,
+    ValueError if the checkpoint is of another configuration.
     """
     run = _TrainingRun(model, seed=seed, lr=lr, precision=precision)
     parameters = sum(p.numel() for p in run.parameters)
-    config = dict(steps=steps, lr=lr, seed=seed, ema=ema, warmup=warmup, clip=clip)
-    config["parameters"] = parameters
+    options = dict(steps=steps, lr=lr, seed=seed, ema=ema, warmup=warmup, clip=clip)
+    config = (config or {}) | options | {"parameters": parameters}
     losses = torch.zeros(steps, device=run.device)
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(_load_checkpoint(checkpoint, config), losses)
@@ -1189,8 +1191,8 @@ class _TrainingRun:
         self.precision = precision or choose_precision(model, self.device)
         self.averages = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=self.device.type != "mps")
-        enabled = self.precision == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=True) if enabled else None
+        enabled = self.precision == "float16"  # else the scaler passes everything through
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step, self.seconds = 0, 0.0
         self.generator_state, self.resumable = self.generator.get_state(), True
@@ -1204,18 +1206,12 @@ class _TrainingRun:
             value = loss(self.model, batch, generator=self.generator)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
-        if self.scaler is None:
-            value.backward()
-            nn.utils.clip_grad_norm_(self.parameters, clip)
-            self.resumable = False  # until the step is complete, it cannot be repeated
-            self.optimizer.step()
-        else:
-            self.scaler.scale(value).backward()
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, clip)
-            self.resumable = False
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.scale(value).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, clip)
+        self.resumable = False  # until the step is complete, it cannot be repeated
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         decay = min(ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
@@ -1237,7 +1233,7 @@ class _TrainingRun:
             "averages": self.averages,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator_state,  # as it was before an interrupted step
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "scaler": self.scaler.state_dict(),
         }
         _save_checkpoint(path, state)
 
@@ -1253,8 +1249,7 @@ class _TrainingRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator_state = state["generator"]
         self.generator.set_state(self.generator_state)
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
 
     def finish(self):
         """Put the averaged weights into the model."""
@@ -1341,7 +1336,8 @@ def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=Fa
     if retrain:
         checkpoint, log = _new_file(f"{name}.checkpoint", "weights"), {}
         options = {field: config[field] for field in ("steps", "lr", "seed", "ema")}
-        losses = train(model, loss, sample_batch, **options, checkpoint=checkpoint, log=log)
+        options |= {"checkpoint": checkpoint, "config": config, "log": log}
+        losses = train(model, loss, sample_batch, **options)
         record = {"config": config, "losses": losses, **log, **describe_machine(device)}
         save_weights(model, name, record)
         checkpoint.unlink()

@@ -554,6 +554,8 @@ def test_train_or_load_resumes(weights_folder, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(retrain=True)
     assert [path.name for path in weights_folder.iterdir()] == ["net.checkpoint"]
+    with pytest.raises(ValueError, match="written with batch = None, now 9; delete it"):
+        run(config={**CONFIG, "batch": 9}, retrain=True)
     resumed, record = run(retrain=True)
     assert same(resumed.parameters(), expected.parameters())
     assert (record["losses"] > 0).all()
