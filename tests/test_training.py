@@ -2,6 +2,9 @@
 
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -412,6 +415,42 @@ def test_interrupting_a_diverged_run_keeps_the_good_checkpoint(tmp_path):
 
 
 # Files
+
+
+KILLED = """
+import os, pathlib, sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from test_training import build, flow_loss, train
+
+save, calls = torch.save, iter(range(9))
+
+def save_or_die(state, path):
+    if next(calls) == 2:
+        path.write_bytes(b"half")
+        os._exit(9)
+    save(state, path)
+
+torch.save = save_or_die
+model, sample_batch = build("mlp")
+options = dict(steps=12, checkpoint_every=3, checkpoint=pathlib.Path(sys.argv[1]))
+train(model, flow_loss, sample_batch, **options)
+"""
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path):
+    """A process that dies within the third write, without a chance to tidy up: the second
+    checkpoint is whole, and the run ends as an undisturbed one."""
+    checkpoint, folder = tmp_path / "run.checkpoint", Path(__file__).parent
+    arguments = [checkpoint, folder, folder.parent]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == 9
+    assert torch.load(checkpoint, weights_only=True)["step"] == 6
+    model, sample_batch = build("mlp")
+    expected = [train(model, flow_loss, sample_batch, steps=12), *model.parameters()]
+    model, _ = build("mlp")
+    options = dict(steps=12, checkpoint_every=3, checkpoint=checkpoint)
+    resumed = [train(model, flow_loss, sample_batch, **options), *model.parameters()]
+    assert same(resumed, expected)
 
 
 @pytest.fixture
