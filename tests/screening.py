@@ -1,0 +1,186 @@
+"""What does each ingredient of the recipe give? Short trainings with one ingredient changed.
+
+Usage: python tests/screening.py [--steps 500] [--json FILE] [name ...]
+Every run is the task of question 4(b) with the batches and noises of one seed. Prints, for
+each, the seconds, the loss on 2000 test images with fixed times and noises, and the Frechet
+and sliced Wasserstein distances and the residual noise of 1000 samples (32 evaluations).
+Nothing is written to data/. Without a name, all.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
+import evaluate
+
+import helpers
+
+BATCH, SEED = 250, 0
+RECIPE = {"lr": 2e-3, "ema": 0.999, "warmup": 200, "clip": 1.0}
+PATH = helpers.GaussianPath(helpers.LinearScheduler())
+
+
+# Changes of the network
+
+
+class AddedSkip(nn.Module):
+    """In place of the 1 x 1 convolution over both: their sum."""
+
+    def forward(self, x):
+        h, skip = x.chunk(2, dim=1)
+        return h + skip
+
+
+class NoSkip(nn.Module):
+    def forward(self, x):
+        return x.chunk(2, dim=1)[0]
+
+
+class ShiftOnly(helpers.ResidualLayer):
+    """The time as a shift of the second norm, without a scale."""
+
+    def forward(self, x, embedding):
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        shift = self.time(embedding)[:, : h.shape[1], None, None]
+        return x + self.conv2(nn.functional.silu(self.norm2(h) + shift))
+
+
+def add_skips(model):
+    model.mix1, model.mix2 = AddedSkip(), AddedSkip()
+
+
+def drop_full_skip(model):
+    model.mix1 = NoSkip()
+
+
+def shift_only(model):
+    for layer in model.modules():
+        if type(layer) is helpers.ResidualLayer:
+            layer.__class__ = ShiftOnly
+
+
+def batch_norm(model):
+    for layer in model.modules():
+        if isinstance(layer, helpers.ResidualLayer):
+            layer.norm1, layer.norm2 = (nn.BatchNorm2d(layer.conv1.in_channels) for _ in range(2))
+
+
+def ordinary_start(model):
+    """PyTorch's initialisation of the convolutions that the recipe starts at zero."""
+    model.head[-1].reset_parameters()
+    for layer in model.modules():
+        if isinstance(layer, helpers.ResidualLayer):
+            layer.conv2.reset_parameters()
+
+
+# name: (channels, change of the network, changes of the recipe)
+RUNS = {
+    "recipe": ((32, 64, 128), None, {}),
+    "no average of the weights": ((32, 64, 128), None, {"ema": 0.0}),
+    "average, decay 0.99": ((32, 64, 128), None, {"ema": 0.99}),
+    "constant rate": ((32, 64, 128), None, {"constant": True}),
+    "no warm-up": ((32, 64, 128), None, {"warmup": 1}),
+    "peak rate 1e-3": ((32, 64, 128), None, {"lr": 1e-3}),
+    "peak rate 4e-3": ((32, 64, 128), None, {"lr": 4e-3}),
+    "skips added": ((32, 64, 128), add_skips, {}),
+    "no skip at full resolution": ((32, 64, 128), drop_full_skip, {}),
+    "BatchNorm": ((32, 64, 128), batch_norm, {}),
+    "time as a shift only": ((32, 64, 128), shift_only, {}),
+    "no zero initialisation": ((32, 64, 128), ordinary_start, {}),
+    "half the width": ((16, 32, 64), None, {}),
+    "half as wide again, equal time": ((48, 96, 192), None, {"equal_time": True}),
+}
+
+
+def flow_loss(model, z, *, generator):
+    return helpers.flow_matching_loss(model, PATH, z, generator=generator)
+
+
+def train(name, steps, device, seconds_of_recipe):
+    """The trained network and its log; an equal_time run gets fewer steps."""
+    channels, change, recipe = RUNS[name]
+    recipe = RECIPE | recipe
+    constant, equal_time = recipe.pop("constant", False), recipe.pop("equal_time", False)
+
+    def build():
+        torch.manual_seed(SEED)
+        model = helpers.UNet(channels)
+        if change is not None:
+            change(model)
+        return model.to(device, memory_format=torch.channels_last)
+
+    images, _ = helpers.load_fashion_mnist("train")
+    sample_batch = helpers.image_batches(images.to(device), BATCH)
+    run = functools.partial(helpers.train, loss=flow_loss, sample_batch=sample_batch, seed=SEED)
+    if equal_time:
+        log = {}
+        run(build(), steps=20, log=log, **recipe)
+        steps = round(seconds_of_recipe / (log["seconds"] / 20))
+    model, log = build(), {"steps": steps}
+    if constant:
+        with mock.patch("helpers.learning_rate", lambda step, steps, peak, warmup: peak):
+            run(model, steps=steps, log=log, **recipe)
+    else:
+        run(model, steps=steps, log=log, **recipe)
+    return model, log
+
+
+@torch.no_grad()
+def held_out_loss(model, device):
+    """The loss on 2000 test images, times on a grid, one draw of the noise."""
+    generator = helpers.make_generator(SEED)
+    images, _ = helpers.load_fashion_mnist("test")
+    z = helpers.to_model_range(images[:2000])
+    t, eps = (torch.arange(2000) % 100 + 0.5) / 100, torch.randn(z.shape, generator=generator)
+    total = 0.0
+    for part in zip(z.split(BATCH), t.split(BATCH), eps.split(BATCH), strict=True):
+        z_part, t_part, eps_part = (x.to(device) for x in part)
+        target = PATH.velocity_target(z_part, t_part, eps_part)
+        error = model(PATH.sample(z_part, t_part, eps_part), t_part) - target
+        total += error.square().mean().item() * len(z_part)
+    return total / len(z)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("names", nargs="*")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(RUNS)
+    if unknown:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(RUNS)}")
+    device, rows = helpers.pick_device(), []
+    judge, seconds = evaluate.Judge(device), None
+    print(f"{'':32s} steps  seconds    loss  Frechet  sliced  residual noise")
+    for name in arguments.names or RUNS:
+        model, log = train(name, arguments.steps, device, seconds)
+        seconds = log["seconds"] if name == "recipe" else seconds
+
+        def solve(x0, generator, model=model):
+            return helpers.heun(model, x0, helpers.time_grid(16))
+
+        precision = helpers.choose_precision(model, device)
+        measured = judge.measure(evaluate.sample(solve, 1000, device, precision))
+        row = {"name": name, **log, "test_loss": held_out_loss(model, device), **measured}
+        rows.append(row)
+        print(
+            f"{name:32s} {row['steps']:5d} {row['seconds']:8.0f} {row['test_loss']:7.4f} "
+            f"{row['frechet']:8.2f} {row['sliced_wasserstein']:7.4f} {row['residual_noise']:15.4f}",
+            flush=True,
+        )
+        if arguments.json:
+            settings = {"batch": BATCH, "recipe": RECIPE, **helpers.describe_machine(device)}
+            arguments.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
