@@ -3,7 +3,8 @@
 Usage: python notebooks/evaluate.py [name ...], with the names
     classifier        train the network that measures samples (data/weights/classifier.pt)
     floor             the Frechet distance of real images, ten sets of 500 and of 1000
-    schedulers        question 4(d): the flow sampled along every schedule by Heun's method
+    schedulers        question 4(d): one flow along every schedule, and every flow along its own
+    guidance          notebook 04: samples with labels, quality against diversity
     sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
     sigma_contained   the same with the score that the velocity contains, without a second network
     budgets           notebook 05: score SDE and flow ODE in the plane, at equal budgets
@@ -26,6 +27,7 @@ from helpers import UNet
 
 SEED = 7
 BATCH = 250
+FLOWS = [f"flow_{name}" for name in helpers.SCHEDULERS]  # the linear one first
 
 
 class Judge:
@@ -127,21 +129,60 @@ def evaluate_floor(judge, device, draws=10):
 
 
 def evaluate_schedulers(judge, device, n=1000):
-    """Question 4(d): flow_linear along every schedule, from the same noise, by Heun's method."""
-    linear = helpers.load_weights(UNet(), "flow_linear").to(device)
+    """Question 4(d): flows from the same noise by Heun's method.
+
+    flow_linear along every schedule, and the flow of every schedule along its own.
+    """
+    flows = {name: helpers.load_weights(UNet(), name).to(device) for name in FLOWS}
+    linear = flows["flow_linear"]
+    cases = [
+        ("flow_linear", name, helpers.reschedule(linear, scheduler))
+        for name, scheduler in helpers.SCHEDULERS.items()
+    ]
+    cases += [(name, name.removeprefix("flow_"), flows[name]) for name in FLOWS[1:]]
     precision = helpers.choose_precision(linear, device)
     rows = []
-    for name, scheduler in helpers.SCHEDULERS.items():
-        velocity = helpers.reschedule(linear, scheduler)
+    for network, schedule, velocity in cases:
         for steps in (4, 8, 16, 32):
 
             def solve(x0, generator, velocity=velocity, steps=steps):
                 return helpers.heun(velocity, x0, helpers.time_grid(steps))
 
             x = sample(solve, n, device, precision)
-            rows.append({"scheduler": name, "evaluations": 2 * steps, **judge.measure(x)})
+            case = {"network": network, "scheduler": schedule, "evaluations": 2 * steps}
+            rows.append({**case, **judge.measure(x)})
             print(rows[-1], flush=True)
-    save("schedulers", ["flow_linear", "classifier"], rows, device, n=n, precision=precision)
+    save("schedulers", [*FLOWS, "classifier"], rows, device, n=n, precision=precision)
+
+
+def evaluate_guidance(judge, device, n=1000):
+    """flow_labels with classifier-free guidance: labels in equal number, Heun's method."""
+    model = helpers.load_weights(UNet(num_classes=10), "flow_labels").to(device)
+    precision = helpers.choose_precision(model, device)
+    labels, ts = torch.arange(BATCH, device=device) % 10, helpers.time_grid(16)
+    asked = labels.cpu().repeat(n // BATCH)
+    of_test = mean_spread(judge.test_features, judge.labels)
+    rows = []
+    for guidance in (1, 1.5, 2, 4):
+        velocity = helpers.guided_velocity(model, labels, guidance)
+
+        def solve(x0, generator, velocity=velocity):
+            return helpers.heun(velocity, x0, ts)
+
+        x = sample(solve, n, device, precision)
+        features = judge.features(x)
+        accuracy = (judge.classes(features) == asked).double().mean().item()
+        spread = mean_spread(features, asked) / of_test
+        row = {"guidance": guidance, "accuracy": accuracy, "spread": spread, **judge.measure(x)}
+        rows.append(row)
+        print(row, flush=True)
+    save("guidance", ["flow_labels", "classifier"], rows, device, n=n, precision=precision)
+
+
+def mean_spread(features, labels):
+    """Root mean squared distance of features to the mean of their class, mean over classes."""
+    groups = [features[labels == label] for label in labels.unique()]
+    return statistics.mean(g.var(dim=0).sum().sqrt().item() for g in groups)
 
 
 def sample_every_sigma(make_drift, judge, device, precision, n):
@@ -266,6 +307,7 @@ def evaluate_budgets(device, n=2000, evaluations=200, batch=256, lr=4e-3, points
 JOBS = {
     "floor": evaluate_floor,
     "schedulers": evaluate_schedulers,
+    "guidance": evaluate_guidance,
     "sigma": evaluate_sigma,
     "sigma_contained": evaluate_sigma_contained,
     "budgets": lambda judge, device: evaluate_budgets(device),
