@@ -8,6 +8,7 @@ Nothing is written to data/. Without a name, all.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -61,42 +62,43 @@ def drop_full_skip(model):
     model.mix1 = NoSkip()
 
 
+def residual_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, helpers.ResidualLayer)]
+
+
 def shift_only(model):
-    for layer in model.modules():
-        if type(layer) is helpers.ResidualLayer:
-            layer.__class__ = ShiftOnly
+    for layer in residual_layers(model):
+        layer.__class__ = ShiftOnly
 
 
 def batch_norm(model):
-    for layer in model.modules():
-        if isinstance(layer, helpers.ResidualLayer):
-            layer.norm1, layer.norm2 = (nn.BatchNorm2d(layer.conv1.in_channels) for _ in range(2))
+    for layer in residual_layers(model):
+        layer.norm1, layer.norm2 = (nn.BatchNorm2d(layer.conv1.in_channels) for _ in range(2))
 
 
 def ordinary_start(model):
     """PyTorch's initialisation of the convolutions that the recipe starts at zero."""
     model.head[-1].reset_parameters()
-    for layer in model.modules():
-        if isinstance(layer, helpers.ResidualLayer):
-            layer.conv2.reset_parameters()
+    for layer in residual_layers(model):
+        layer.conv2.reset_parameters()
 
 
-# name: (channels, change of the network, changes of the recipe)
+# name: what differs from the recipe; change: a function of the network
 RUNS = {
-    "recipe": ((32, 64, 128), None, {}),
-    "no average of the weights": ((32, 64, 128), None, {"ema": 0.0}),
-    "average, decay 0.99": ((32, 64, 128), None, {"ema": 0.99}),
-    "constant rate": ((32, 64, 128), None, {"constant": True}),
-    "no warm-up": ((32, 64, 128), None, {"warmup": 1}),
-    "peak rate 1e-3": ((32, 64, 128), None, {"lr": 1e-3}),
-    "peak rate 4e-3": ((32, 64, 128), None, {"lr": 4e-3}),
-    "skips added": ((32, 64, 128), add_skips, {}),
-    "no skip at full resolution": ((32, 64, 128), drop_full_skip, {}),
-    "BatchNorm": ((32, 64, 128), batch_norm, {}),
-    "time as a shift only": ((32, 64, 128), shift_only, {}),
-    "no zero initialisation": ((32, 64, 128), ordinary_start, {}),
-    "half the width": ((16, 32, 64), None, {}),
-    "half as wide again, equal time": ((48, 96, 192), None, {"equal_time": True}),
+    "recipe": {},
+    "no average of the weights": {"ema": 0.0},
+    "average, decay 0.99": {"ema": 0.99},
+    "constant rate": {"constant": True},
+    "no warm-up": {"warmup": 1},
+    "peak rate 1e-3": {"lr": 1e-3},
+    "peak rate 4e-3": {"lr": 4e-3},
+    "skips added": {"change": add_skips},
+    "no skip at full resolution": {"change": drop_full_skip},
+    "BatchNorm": {"change": batch_norm},
+    "time as a shift only": {"change": shift_only},
+    "no zero initialisation": {"change": ordinary_start},
+    "half the width": {"channels": (16, 32, 64)},
+    "half as wide again, equal time": {"channels": (48, 96, 192), "equal_time": True},
 }
 
 
@@ -104,32 +106,27 @@ def flow_loss(model, z, *, generator):
     return helpers.flow_matching_loss(model, PATH, z, generator=generator)
 
 
-def train(name, steps, device, seconds_of_recipe):
-    """The trained network and its log; an equal_time run gets fewer steps."""
-    channels, change, recipe = RUNS[name]
-    recipe = RECIPE | recipe
-    constant, equal_time = recipe.pop("constant", False), recipe.pop("equal_time", False)
+def train(run, steps, sample_batch, device, seconds_of_recipe):
+    """The trained network and its log; with equal_time as many steps as the seconds allow."""
+    options = RECIPE | {key: run[key] for key in RECIPE.keys() & run.keys()}
+    fit = functools.partial(
+        helpers.train, loss=flow_loss, sample_batch=sample_batch, seed=SEED, **options
+    )
 
     def build():
         torch.manual_seed(SEED)
-        model = helpers.UNet(channels)
-        if change is not None:
-            change(model)
+        model = helpers.UNet(run.get("channels", (32, 64, 128)))
+        run.get("change", lambda model: None)(model)
         return model.to(device, memory_format=torch.channels_last)
 
-    images, _ = helpers.load_fashion_mnist("train")
-    sample_batch = helpers.image_batches(images.to(device), BATCH)
-    run = functools.partial(helpers.train, loss=flow_loss, sample_batch=sample_batch, seed=SEED)
-    if equal_time:
+    if run.get("equal_time"):
         log = {}
-        run(build(), steps=20, log=log, **recipe)
+        fit(build(), steps=20, log=log)
         steps = round(seconds_of_recipe / (log["seconds"] / 20))
     model, log = build(), {"steps": steps}
-    if constant:
-        with mock.patch("helpers.learning_rate", lambda step, steps, peak, warmup: peak):
-            run(model, steps=steps, log=log, **recipe)
-    else:
-        run(model, steps=steps, log=log, **recipe)
+    constant = mock.patch("helpers.learning_rate", lambda step, steps, peak, warmup: peak)
+    with constant if run.get("constant") else contextlib.nullcontext():
+        fit(model, steps=steps, log=log)
     return model, log
 
 
@@ -158,11 +155,16 @@ def main():
     unknown = set(arguments.names) - set(RUNS)
     if unknown:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(RUNS)}")
+    names = arguments.names or list(RUNS)
+    if any("equal_time" in RUNS[name] for name in names) and names[0] != "recipe":
+        sys.exit("a run of equal time needs the seconds of the recipe: name that first")
     device, rows = helpers.pick_device(), []
+    images, _ = helpers.load_fashion_mnist("train")
+    sample_batch = helpers.image_batches(images.to(device), BATCH)
     judge, seconds = evaluate.Judge(device), None
     print(f"{'':32s} steps  seconds    loss  Frechet  sliced  residual noise")
-    for name in arguments.names or RUNS:
-        model, log = train(name, arguments.steps, device, seconds)
+    for name in names:
+        model, log = train(RUNS[name], arguments.steps, sample_batch, device, seconds)
         seconds = log["seconds"] if name == "recipe" else seconds
 
         def solve(x0, generator, model=model):
