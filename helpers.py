@@ -201,13 +201,20 @@ def _check_simulation(x0, ts, decreasing_too=False):
 
 
 def _evaluate(field, x, t):
-    """field(x, t), refusing a result that would broadcast."""
-    value = torch.as_tensor(field(x, t))
+    """field(x, t) in the dtype of x, refusing a result that would broadcast."""
+    value = torch.as_tensor(field(x, t)).to(x.dtype)
     if value.shape != x.shape:
         raise ValueError(
             f"drift or velocity must return shape {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     return value
+
+
+def _room_for_path(x, ts):
+    """Memory for X at all of ts, (N+1, B, *D), with x at ts[0]; a list would fragment the heap."""
+    xs = x.new_empty(len(ts), *x.shape)
+    xs[0] = x
+    return xs
 
 
 def _diffusion_at(diffusion, x, t):
@@ -238,15 +245,15 @@ def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, path=False):
     returned by drift or diffusion is wrong.
     """
     x, ts = _check_simulation(x0, ts)
-    xs = [x]
-    for t_cur, h in zip(ts, ts.diff().tolist(), strict=False):
+    xs = _room_for_path(x, ts) if path else None
+    for step, (t_cur, h) in enumerate(zip(ts, ts.diff().tolist(), strict=False), start=1):
         t = t_cur.expand(len(x))
         x = torch.add(x, _evaluate(drift, x, t), alpha=h)
         if callable(diffusion) or diffusion != 0:
             _add_noise(x, diffusion, t, h, generator)
         if path:
-            xs.append(x)
-    return torch.stack(xs) if path else x
+            xs[step] = x
+    return xs if path else x
 
 
 @torch.no_grad()
@@ -259,15 +266,16 @@ def heun(velocity, x0, ts, *, path=False):
     Raises ValueError as euler_maruyama does.
     """
     x, ts = _check_simulation(x0, ts, decreasing_too=True)
-    xs = [x]
-    for t_cur, t_next, h in zip(ts, ts[1:], ts.diff().tolist(), strict=False):
+    xs = _room_for_path(x, ts) if path else None
+    times = zip(ts, ts[1:], ts.diff().tolist(), strict=False)
+    for step, (t_cur, t_next, h) in enumerate(times, start=1):
         slope = _evaluate(velocity, x, t_cur.expand(len(x)))
         guess = torch.add(x, slope, alpha=h)
         slope_next = _evaluate(velocity, guess, t_next.expand(len(x)))
         x = torch.add(x, slope + slope_next, alpha=h / 2)
         if path:
-            xs.append(x)
-    return torch.stack(xs) if path else x
+            xs[step] = x
+    return xs if path else x
 
 
 def divergence(velocity, x, t, probes=None):

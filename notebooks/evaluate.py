@@ -5,23 +5,29 @@ Usage: python notebooks/evaluate.py [name ...], with the names
     floor             the Frechet distance of real images, ten sets of 500 and of 1000
     schedulers        question 4(d): one flow along every schedule, and every flow along its own
     guidance          notebook 04: samples with labels, quality against diversity
+    quality           10 000 samples of flow_linear: precision, recall, shares of the classes
+    plain_recipe      the same for the plain recipe of public course labs, trained for it
     sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
     sigma_contained   the same with the score that the velocity contains, without a second network
     budgets           notebook 05: score SDE and flow ODE in the plane, at equal budgets
-Without a name, all but the classifier. A record holds N, function evaluations, seeds, device,
-versions and the SHA-256 of the weights; the notebooks refuse a record of other weights.
+Without a name, all but classifier and plain_recipe, which train. A record holds N, function
+evaluations, seeds, device, versions and the SHA-256 of the weights; the notebooks refuse a
+record of other weights.
 """
 
 import functools
 import itertools
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plain_recipe
+
 import helpers
 from helpers import UNet
 
@@ -62,6 +68,19 @@ class Judge:
             "frechet": helpers.frechet_distance(self.features(x), self.test_features),
             "sliced_wasserstein": sliced,
             "residual_noise": helpers.residual_noise(x),
+        }
+
+    def coverage(self, x):
+        """Precision and recall against test images, and the classes that the classifier reads."""
+        features = self.features(x)
+        precision, recall = helpers.precision_recall(self.test_features, features)
+        shares = self.classes(features).bincount(minlength=10) / len(x)
+        real = self.classes(self.test_features).bincount(minlength=10) / len(self.test)
+        return {
+            "precision": precision,
+            "recall": recall,
+            "class_shares": shares.tolist(),
+            "total_variation": (shares - real).abs().sum().item() / 2,
         }
 
 
@@ -153,6 +172,44 @@ def evaluate_schedulers(judge, device, n=1000):
             rows.append({**case, **judge.measure(x)})
             print(rows[-1], flush=True)
     save("schedulers", [*FLOWS, "classifier"], rows, device, n=n, precision=precision)
+
+
+def sample_finely(velocity, n, device, precision):
+    """n samples with 64 evaluations of Heun's method, with shorter steps near t = 1."""
+    ts = 1 - (1 - helpers.time_grid(32)) ** 1.5
+    return sample(lambda x0, generator: helpers.heun(velocity, x0, ts), n, device, precision)
+
+
+def evaluate_quality(judge, device, n=10_000):
+    """flow_linear at N = 10 000 with 64 evaluations, and training images in its place."""
+    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
+    precision = helpers.choose_precision(velocity, device)
+    train, _ = helpers.load_fashion_mnist("train")
+    index = torch.randperm(len(train), generator=helpers.make_generator(SEED))[:n]
+    real = helpers.to_model_range(train[index])
+    rows = []
+    for name, x in (
+        ("training images", real),
+        ("flow_linear", sample_finely(velocity, n, device, precision)),
+    ):
+        rows.append({"samples": name, **judge.measure(x), **judge.coverage(x)})
+        print(rows[-1], flush=True)
+    networks = ["flow_linear", "classifier"]
+    save("quality", networks, rows, device, n=n, evaluations=64, precision=precision)
+
+
+def evaluate_plain_recipe(judge, device, n=10_000):
+    """The same for the plain recipe of public course labs; its weights are not kept."""
+    config = {"steps": 5000, "batch": 250, "lr": 1e-3, "seed": 0}
+    start = time.perf_counter()
+    model, losses = plain_recipe.train(device, **config)
+    config |= {"seconds": time.perf_counter() - start, "last_loss": losses[-500:].mean().item()}
+    config |= {"parameters": sum(p.numel() for p in model.parameters())}
+    precision = helpers.choose_precision(model, device)
+    x = sample_finely(model, n, device, precision)
+    row = {"samples": "plain recipe", **judge.measure(x), **judge.coverage(x)}
+    settings = {"training": config, "n": n, "evaluations": 64, "precision": precision}
+    save("plain_recipe", ["classifier"], [row], device, **settings)
 
 
 def evaluate_guidance(judge, device, n=1000):
@@ -308,6 +365,8 @@ JOBS = {
     "floor": evaluate_floor,
     "schedulers": evaluate_schedulers,
     "guidance": evaluate_guidance,
+    "quality": evaluate_quality,
+    "plain_recipe": evaluate_plain_recipe,
     "sigma": evaluate_sigma,
     "sigma_contained": evaluate_sigma_contained,
     "budgets": lambda judge, device: evaluate_budgets(device),
@@ -315,7 +374,7 @@ JOBS = {
 
 
 def main(names):
-    names = names or list(JOBS)
+    names = names or [name for name in JOBS if name != "plain_recipe"]
     unknown = set(names) - {"classifier", *JOBS}
     if unknown:
         sys.exit(

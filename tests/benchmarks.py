@@ -1,9 +1,11 @@
 """Speed and memory of training, sampling and simulation: one table, measured in one run.
 
-Usage: python tests/benchmarks.py [--json FILE] [--repeats N]
-Every case runs in a process of its own, so that its peak memory is its own; times are medians
-over the repeats, after a warm-up. The convolution peak is measured on the shapes that the UNet
-has in training, one convolution at a time, forwards and backwards.
+Usage: python tests/benchmarks.py [--json FILE] [--rounds N] [--repeats N]
+Every case runs in a process of its own, so that its peak memory is its own; its time is the
+median over the repeats, after a warm-up. All cases run in turn, several rounds, and a ratio is
+the median of the ratios of each round, since other work on the machine comes and goes. The
+convolution peak is measured on the shapes that the UNet has in training, one convolution at a
+time, forwards and backwards.
 """
 
 import argparse
@@ -151,11 +153,11 @@ PATHS, STEPS = 100_000, 1000
 
 
 def normals(repeats):
-    generator, noise = torch.Generator(DEVICE).manual_seed(0), torch.empty(PATHS, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw():
         for _ in range(STEPS):
-            noise.normal_(generator=generator)
+            torch.randn(PATHS, generator=generator, device=DEVICE)
 
     return {"seconds": median_seconds(draw, repeats)}
 
@@ -212,53 +214,77 @@ def run_case(name, repeats):
     return {**result, "peak_gib": peak / 2**30}
 
 
-def measure(repeats):
-    results = {}
-    for name in CASES:
-        if "torchsde" in name and importlib.util.find_spec("torchsde") is None:
-            print("torchsde is not installed: its case is left out", file=sys.stderr)
-            continue
-        command = [sys.executable, __file__, "--case", name, "--repeats", str(repeats)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        results[name] = json.loads(output)
-        print(f"{name}: {results[name]['seconds']:.3f} s", file=sys.stderr)
+def measure(rounds, repeats):
+    """A list of rounds, each the figures of all cases one after the other."""
+    names = list(CASES)
+    if importlib.util.find_spec("torchsde") is None:
+        print("torchsde is not installed: its case is left out", file=sys.stderr)
+        names.remove("the same by torchsde")
+    results = []
+    for number in range(rounds):
+        results.append({})
+        for name in names:
+            command = [sys.executable, __file__, "--case", name, "--repeats", str(repeats)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[-1][name] = json.loads(output)
+            seconds = results[-1][name]["seconds"]
+            print(f"round {number + 1}, {name}: {seconds:.3f} s", file=sys.stderr)
     return results
 
 
 def table(results):
-    """The results as lines of text, with the ratios that matter."""
+    """The medians over the rounds as lines of text, with the ratios that matter."""
+
+    def median(name, key="seconds"):
+        return statistics.median(r[name][key] for r in results)
+
+    def ratio(above, below):
+        return statistics.median(r[above]["seconds"] / r[below]["seconds"] for r in results)
+
+    names = list(results[0])
+    step, plain, alone, heun, _, draw, simulate = names[:7]
+    work, precision = results[0][step]["operations"] / 1e9, results[0][step]["precision"]
     lines = [f"{'case':36s} {'median s':>9s} {'peak GiB':>9s}"]
-    for name, row in results.items():
-        lines.append(f"{name:36s} {row['seconds']:9.3f} {row['peak_gib']:9.2f}")
-    step, plain, alone, heun, _, draw, simulate, *torchsde = results.values()
-    rate = step["operations"] / alone["seconds"] / 1e9
+    for name in names:
+        peak = max(r[name]["peak_gib"] for r in results)
+        lines.append(f"{name:36s} {median(name):9.3f} {peak:9.2f}")
     lines += [
-        f"5000 steps: {5000 * step['seconds'] / 60:.0f} minutes, in {step['precision']}",
-        f"plain / ours: {plain['seconds'] / step['seconds']:.2f}",
-        f"convolutions alone / step: {alone['seconds'] / step['seconds']:.2f}",
-        f"convolution peak: {rate:.0f} GFLOP/s, {step['operations'] / 1e9:.0f} GFLOP a step",
-        f"RMS of {heun['precision']} against float32 in sampling: {heun['rms_to_float32']:.3f}",
-        f"normals alone / simulation: {draw['seconds'] / simulate['seconds']:.2f}",
+        f"5000 steps: {5000 * median(step) / 60:.0f} minutes, in {precision}",
+        f"plain / ours: {ratio(plain, step):.2f}",
+        f"convolutions alone / step: {ratio(alone, step):.2f}",
+        f"convolution peak: {work / median(alone):.0f} GFLOP/s, {work:.0f} GFLOP a step",
+        f"64 images, Heun, in float32: {median(heun, 'seconds_float32'):.3f} s",
+        f"RMS of {precision} against float32 there: {median(heun, 'rms_to_float32'):.3f}",
+        f"normals alone / simulation: {ratio(draw, simulate):.2f}",
     ]
-    lines += [f"torchsde / ours: {row['seconds'] / simulate['seconds']:.1f}" for row in torchsde]
+    lines += [f"torchsde / ours: {ratio(name, simulate):.1f}" for name in names[7:]]
     return "\n".join(lines)
+
+
+def processor_name():
+    """The model of the processor, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(run_case(arguments.case, arguments.repeats)))
         return
-    machine = {**helpers.describe_machine(DEVICE), "processor_name": platform.processor()}
-    results = measure(arguments.repeats)
+    machine = {**helpers.describe_machine(DEVICE), "processor_name": processor_name()}
+    results = measure(arguments.rounds, arguments.repeats)
     print(json.dumps(machine))
     print(table(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps({**machine, "cases": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**machine, "rounds": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
