@@ -33,6 +33,8 @@ FAULTS = [
     ("slope_next = _evaluate(velocity, guess, t_next", "slope_next = _evaluate(velocity, guess, "
      "t_cur"),
     ("torch.add(x, slope + slope_next, alpha=h / 2)", "torch.add(x, slope, alpha=h)"),
+    ("    xs[0] = x\n    return xs", "    return xs"),
+    ("field(x, t)).to(x.dtype)", "field(x, t))"),
     ("half = diffusion**2 / 2", "half = diffusion / 2"),
     ("x, t) ** 2 / 2 * score", "x, t) / 2 * score"),
     ("x, t) ** 2 / 2 * score", "x, t) ** 2 * score"),

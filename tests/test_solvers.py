@@ -269,6 +269,13 @@ def test_times_and_types_that_a_field_sees(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_state_keeps_its_type_whatever_the_field_returns(solver, dtype):
+    out = solver(lambda x, t: torch.ones_like(x, dtype=dtype), torch.ones(3, 2), time_grid(2))
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_is_left_as_found(solver, training):
     model = torch.nn.Linear(2, 2).train(training)
