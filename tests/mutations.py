@@ -4,6 +4,7 @@ Usage: python tests/mutations.py [--workers N] [text ...]
 Each fault is made in a copy of the repository, where the unit tests run alone: nbval and the
 guards that compare stored source do not count. Prints every fault with the test that noticed
 it, and exits with 1 if one survived. With texts, only the faults that contain one of them.
+Before that, the tests must pass without a fault and every fault must find its place.
 """
 
 import argparse
@@ -100,12 +101,8 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def test_with_fault(number):
-    """The first unit test that fails with this fault, or None."""
-    old, new = FAULTS[number]
-    source = (ROOT / "helpers.py").read_text()
-    if source.count(old) != 1:
-        return f"the list is out of date: {source.count(old)} places hold this text"
+def first_failure(source):
+    """The first unit test that fails with this source of helpers.py, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("tests", "notebooks"):
@@ -113,7 +110,7 @@ def test_with_fault(number):
         for name in ("conftest.py", "pyproject.toml", "README.md", "requirements.txt"):
             shutil.copy(ROOT / name, copy / name)
         (copy / "data").symlink_to(ROOT / "data")
-        (copy / "helpers.py").write_text(source.replace(old, new))
+        (copy / "helpers.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests"]
         command += ["--ignore=tests/test_notebooks.py", "--tb=no"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,9 +131,16 @@ def main():
         for number, fault in enumerate(FAULTS)
         if not arguments.texts or any(text in part for part in fault for text in arguments.texts)
     ]
+    source = (ROOT / "helpers.py").read_text()
+    for number in chosen:
+        if source.count(FAULTS[number][0]) != 1:
+            sys.exit(f"out of date, not exactly once in helpers.py: {FAULTS[number][0]}")
+    if failure := first_failure(source):
+        sys.exit(f"the tests fail without a fault: {failure}")
+    faulty = [source.replace(*FAULTS[number]) for number in chosen]
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        for number, killer in zip(chosen, pool.map(test_with_fault, chosen), strict=True):
+        for number, killer in zip(chosen, pool.map(first_failure, faulty), strict=True):
             old, new = (" ".join(text.split()) for text in FAULTS[number])
             print(
                 f"{'SURVIVED' if killer is None else 'noticed '} {old}  ->  {new}   {killer or ''}"
