@@ -1167,11 +1167,12 @@ def train(
     try:
         while run.step < steps:
             rate = learning_rate(run.step, steps, lr, min(warmup, steps // 10))
-            step = run.step
+            start, step = time.perf_counter(), run.step
             losses[step] = run.update(loss, sample_batch, rate, clip, ema)
             if run.step % 50 == 0 or run.step == steps:  # the only host synchronisation
                 _check_losses(losses, run.step, checkpoint)
                 bar.set_postfix_str(f"loss {losses[max(0, run.step - 50) : run.step].mean():.4f}")
+            run.seconds += time.perf_counter() - start
             if run.step % checkpoint_every == 0 or run.step == steps:
                 _check_losses(losses, run.step, checkpoint)
                 save()
@@ -1207,7 +1208,6 @@ class _TrainingRun:
 
     def update(self, loss, sample_batch, rate, clip, ema):
         """One optimisation step; returns the loss, still on the device."""
-        start = time.perf_counter()
         batch = sample_batch(self.generator)
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -1224,7 +1224,6 @@ class _TrainingRun:
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         self.step += 1
-        self.seconds += time.perf_counter() - start
         self.generator_state, self.resumable = self.generator.get_state(), True
         return value.detach()
 

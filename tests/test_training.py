@@ -17,6 +17,7 @@ from helpers import (
     LinearScheduler,
     NoiseScore,
     UNet,
+    choose_precision,
     flow_matching_loss,
     image_batches,
     learning_rate,
@@ -234,6 +235,27 @@ def test_training_lowers_the_loss():
     assert not model.training
     assert log["precision"] == "float32"
     assert log["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "expected"),
+    [
+        ("cuda", (9, 0), "bfloat16"),
+        ("cuda", (8, 0), "bfloat16"),
+        ("cuda", (7, 5), "float16"),
+        ("cpu", "_is_avx512_bf16_supported", "bfloat16"),
+        ("cpu", "_is_amx_tile_supported", "bfloat16"),
+        ("cpu", None, "float32"),
+        ("mps", None, "float32"),
+    ],
+)
+def test_precision_follows_the_units_of_the_device(device, units, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: units)
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe == units, raising=False)
+    device = torch.device(device)
+    assert choose_precision(build("unet")[0], device) == expected
+    assert choose_precision(build("mlp")[0], device) == "float32"
 
 
 def test_training_is_reproducible_and_owns_its_generator():
