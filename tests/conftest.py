@@ -11,6 +11,12 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tensors are small
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Networks start with the same weights, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator():
     return helpers.make_generator(0)
