@@ -18,11 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["-r", "requirements.txt", "-r", "tests/requirements.txt"]
 
+LEVEL = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # of the vector units
+
 # name: (what pip installs, None for the present environment; environment variables)
 ENVIRONMENTS = {
     "one thread": (None, {"OMP_NUM_THREADS": "1"}),
-    "AVX2": (None, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    "no vector units": (None, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "AVX2": (None, dict(zip(LEVEL, ("avx2", "AVX2", "AVX2"), strict=True))),
+    "no vector units": (None, dict(zip(LEVEL, ("default", "SSE41", "COMPATIBLE"), strict=True))),
     "tested versions": ([*TESTS, "-c", "tests/constraints.txt"], {}),
     "newest versions": (TESTS, {}),
     "oldest torch": ([*TESTS, "torch==2.6.*", "torchvision==0.21.*"], {}),
