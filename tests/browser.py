@@ -83,6 +83,7 @@ def run_all(page, address, name, limit):
     page.evaluate(
         "window.finished = false;"
         "jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.finished = true);"
+        "null"  # else the call would wait for the promise, that is, for the end of the run
     )
     seen, end = False, time.monotonic() + limit
     while not page.evaluate("window.finished"):
