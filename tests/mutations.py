@@ -86,6 +86,7 @@ FAULTS = [
     ("eps = _randn_like(z, generator) if source is None else source", "eps = _randn_like(z, "
      "generator)"),
     (">= (8, 0) else", ">= (7, 0) else"),
+    ("if run.step % 50 == 0 or", "if run.step % 1 == 0 or"),
     ("return peak * (step + 1) / warmup", "return peak"),
     ("(1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2", "1.0"),
     ("decay = min(ema, (1 + self.step) / (10 + self.step))", "decay = 0.0"),
