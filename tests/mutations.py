@@ -129,21 +129,21 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     chosen = [
-        number
-        for number, fault in enumerate(FAULTS)
+        fault
+        for fault in FAULTS
         if not arguments.texts or any(text in part for part in fault for text in arguments.texts)
     ]
     source = (ROOT / "helpers.py").read_text()
-    for number in chosen:
-        if source.count(FAULTS[number][0]) != 1:
-            sys.exit(f"out of date, not exactly once in helpers.py: {FAULTS[number][0]}")
+    for old, _ in chosen:
+        if source.count(old) != 1:
+            sys.exit(f"out of date, not exactly once in helpers.py: {old}")
     if failure := first_failure(source):
         sys.exit(f"the tests fail without a fault: {failure}")
-    faulty = [source.replace(*FAULTS[number]) for number in chosen]
+    faulty = [source.replace(*fault) for fault in chosen]
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        for number, killer in zip(chosen, pool.map(first_failure, faulty), strict=True):
-            old, new = (" ".join(text.split()) for text in FAULTS[number])
+        for fault, killer in zip(chosen, pool.map(first_failure, faulty), strict=True):
+            old, new = (" ".join(text.split()) for text in fault)
             print(
                 f"{'SURVIVED' if killer is None else 'noticed '} {old}  ->  {new}   {killer or ''}"
             )
