@@ -394,8 +394,10 @@ class GaussianMixture:
         self.means = torch.as_tensor(means)
         if not self.means.is_floating_point():
             self.means = self.means.float()
-        self.stds = torch.as_tensor(stds, dtype=self.means.dtype)
-        weights = torch.ones_like(self.stds) if weights is None else torch.as_tensor(weights)
+        device = self.means.device
+        self.stds = torch.as_tensor(stds, dtype=self.means.dtype, device=device)
+        weights = torch.ones_like(self.stds) if weights is None else weights
+        weights = torch.as_tensor(weights, device=device)
         if self.means.ndim != 2 or not self.stds.shape == weights.shape == self.means.shape[:1]:
             raise ValueError(
                 "means must be (K, D), stds and weights (K,); got "
@@ -407,7 +409,9 @@ class GaussianMixture:
 
     def sample(self, n, *, generator=None):
         """Draw n points, (n, D)."""
-        index = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        weights = self.weights if generator is None else self.weights.to(generator.device)
+        index = torch.multinomial(weights, n, replacement=True, generator=generator)
+        index = index.to(self.means.device)
         means = self.means[index]
         return means + self.stds[index, None] * _randn_like(means, generator)
 
@@ -526,12 +530,12 @@ def inside_silhouette(name, x):
     if name not in _DRAWINGS:
         raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_DRAWINGS)}")
     filled, cut = ([Polygon(part) for part in parts] for parts in _DRAWINGS[name])
-    inside = torch.zeros(len(x), dtype=torch.bool)
+    inside, points = torch.zeros(len(x), dtype=torch.bool), x.detach().cpu()
     for part in filled:
-        inside |= torch.from_numpy(part.contains_points(x))
+        inside |= torch.from_numpy(part.contains_points(points))
     for part in cut:
-        inside &= ~torch.from_numpy(part.contains_points(x))
-    return inside
+        inside &= ~torch.from_numpy(part.contains_points(points))
+    return inside.to(x.device)
 
 
 def silhouette(name, n, *, generator=None):
@@ -1395,11 +1399,13 @@ def describe_machine(device):
 
 
 def _check_samples(x, y):
+    """x and y on the CPU, where every metric is computed: float64 is missing on MPS."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
             "need two samples (N, F) and (M, F) with N, M >= 2, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
         )
+    return x.cpu(), y.cpu()
 
 
 def optimal_transport_pairing(x, y):
@@ -1412,8 +1418,9 @@ def optimal_transport_pairing(x, y):
 
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
-    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()) ** 2
-    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=y.device)
+    a, b = (samples.flatten(1).cpu().double() for samples in (x, y))
+    cost = torch.cdist(a, b) ** 2
+    return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], device=y.device)
 
 
 def mmd2(x, y, bandwidth):
@@ -1422,7 +1429,7 @@ def mmd2(x, y, bandwidth):
     x (N, F), y (M, F); Gaussian kernel exp(-|x - y|^2 / (2 bandwidth^2)). Its mean is 0 for
     samples of one distribution, so that it can be negative.
     """
-    _check_samples(x, y)
+    x, y = _check_samples(x, y)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}")
     xx, yy, xy = (
@@ -1440,7 +1447,7 @@ def sliced_wasserstein(x, y, *, projections=256, generator=None):
     x, y: (N, F). The root of the mean, over random directions, of the squared distance of
     the sorted projections. Returns a number, in the units of x.
     """
-    _check_samples(x, y)
+    x, y = _check_samples(x, y)
     if len(x) != len(y):
         raise ValueError(f"samples must have equal size, got {len(x)} and {len(y)}")
     directions = _randn_like(x.new_empty(x.shape[1], projections), generator)
@@ -1455,8 +1462,7 @@ def frechet_distance(features_x, features_y):
     |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
     Biased upwards by O(1/N): compare at equal N, beside the value for two real samples.
     """
-    _check_samples(features_x, features_y)
-    x, y = features_x.double(), features_y.double()
+    x, y = (features.double() for features in _check_samples(features_x, features_y))
     cov_x, cov_y = (torch.atleast_2d(torch.cov(f.T)) for f in (x, y))
     values, vectors = torch.linalg.eigh(cov_x)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -1473,7 +1479,7 @@ def precision_recall(real, generated, k=3):
     k-th nearest real neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al.
     2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
     """
-    _check_samples(real, generated)
+    real, generated = _check_samples(real, generated)
 
     def covered(points, centres):
         radius = [torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)]

@@ -1,4 +1,4 @@
-"""Do the results hold elsewhere? Run the tests with other versions, processors and threads.
+"""Do the results hold elsewhere? Run the tests with other versions, processors, devices.
 
 Usage: python tests/environments.py [--python PYTHON] [name ...] [-- pytest arguments]
 Every environment works on a copy of the repository. Those with other versions get a fresh
@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["-r", "requirements.txt", "-r", "tests/requirements.txt"]
 
+# A kernel of a notebook runs this file first
+STARTUP = {"PYTHONSTARTUP": str(ROOT / "tests" / "pretended_device.py")}
 LEVEL = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # of the vector units
 
 # name: (what pip installs, None for the present environment; environment variables)
@@ -25,6 +27,8 @@ ENVIRONMENTS = {
     "one thread": (None, {"OMP_NUM_THREADS": "1"}),
     "AVX2": (None, dict(zip(LEVEL, ("avx2", "AVX2", "AVX2"), strict=True))),
     "no vector units": (None, dict(zip(LEVEL, ("default", "SSE41", "COMPATIBLE"), strict=True))),
+    "pretended CUDA": (None, {**STARTUP, "PRETENDED_DEVICE": "cuda"}),
+    "pretended MPS": (None, {**STARTUP, "PRETENDED_DEVICE": "mps"}),
     "tested versions": ([*TESTS, "-c", "tests/constraints.txt"], {}),
     "newest versions": (TESTS, {}),
     "oldest torch": ([*TESTS, "torch==2.6.*", "torchvision==0.21.*"], {}),

@@ -98,6 +98,7 @@ FAULTS = [
     ("(xx.sum() - xx.trace()) / (n * (n - 1))", "xx.sum() / (n * n)"),
     ("directions = directions / directions.norm(dim=0)", "directions = directions"),
     ("difference.square().mean().sqrt().item()", "difference.abs().mean().item()"),
+    ("return x.cpu(), y.cpu()", "return x, y"),
     ("cov_y.trace() - 2 * cross", "cov_y.trace() - cross"),
     ("return (x[:, :, ends][..., ends] + 1).abs()", "return (x[:, :, ends][..., ends]).abs()"),
 ]  # fmt: skip

@@ -4,14 +4,11 @@ import math
 import pickle
 import subprocess
 import sys
-import traceback
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from checks import assert_mean
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import helpers
 from helpers import (
@@ -259,35 +256,6 @@ def test_precision_follows_the_units_of_the_device(device, units, expected, monk
     device = torch.device(device)
     assert choose_precision(build("unet")[0], device) == expected
     assert choose_precision(build("mlp")[0], device) == "float32"
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for whose result the host has to wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation.overloadpacket.__name__ in {"_local_scalar_dense", "nonzero", "equal"}:
-            callers = {frame.name for frame in traceback.extract_stack(limit=8)}
-            self.count += "_coefficients" not in callers  # looks at times on the CPU only
-        return operation(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", ["mlp", "unet"])
-def test_the_host_waits_for_the_device_only_every_50_steps(kind):
-    model, reads, waited = build(kind)[0], HostReads(), []
-    photos = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
-    sample_batch = image_batches(photos, 4) if kind == "unet" else points
-
-    def watched_batch(generator):
-        waited.append(reads.count)
-        return sample_batch(generator)
-
-    with reads:
-        train(model, flow_loss, watched_batch, steps=149)
-    waited.append(reads.count)
-    steps = [n for n, (before, after) in enumerate(pairwise(waited), start=1) if after > before]
-    assert steps == [50, 100, 149]
 
 
 def test_training_is_reproducible_and_owns_its_generator():
