@@ -135,16 +135,16 @@ class PretendedDevice(TorchFunctionMode):
         return kwargs.pop("device", device), rest, kwargs
 
     def place(self, result, there):
-        """Mark every tensor of a result as on the device."""
+        """Mark every tensor of a result as on the device, if it lies there."""
 
         def mark(x):
-            if isinstance(x, Tensor) and there:
-                if self.kind == "mps" and x.dtype == torch.float64:
-                    raise TypeError("MPS has no float64")
-                return x if is_on_device(x) else x.as_subclass(DeviceTensor)
-            return x
+            if not isinstance(x, Tensor) or is_on_device(x):
+                return x
+            if self.kind == "mps" and x.dtype == torch.float64:
+                raise TypeError("MPS has no float64")
+            return x.as_subclass(DeviceTensor)
 
-        return tree_map(mark, result)
+        return tree_map(mark, result) if there else result
 
     def move(self, source, *args, **kwargs):
         device, rest, kwargs = self.split_device(args, kwargs)
