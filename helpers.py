@@ -157,6 +157,15 @@ def _write_atomically(path, content):
         raise
 
 
+def output_folder(kind):
+    """Where new files of a kind go, "figures", "weights" or "records": below FLOW_OUTPUT.
+
+    FLOW_OUTPUT is build/ by default; the root of the repository means the committed folders.
+    """
+    base = Path(os.environ.get("FLOW_OUTPUT") or ROOT / "build").expanduser().absolute()
+    return (base if kind == "figures" or base != ROOT else DATA) / kind
+
+
 def _randn_like(x, generator=None):
     """Standard normal noise like x, drawn on the generator's device and moved to x."""
     device = x.device if generator is None else generator.device
