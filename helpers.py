@@ -30,6 +30,7 @@ FLOW_PROGRESS=0 hides progress bars, FLOW_FIGURES and FLOW_WEIGHTS are folders f
 """
 
 import base64
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -39,8 +40,10 @@ import json
 import math
 import os
 import platform
+import signal
 import tempfile
 import textwrap
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -173,12 +176,6 @@ def _randn_like(x, generator=None):
     return noise.to(x.device)
 
 
-def _uniform_times(z, generator=None):
-    """Draw t ~ U[0, 1) of shape (B,) for a batch z (B, *D)."""
-    device = z.device if generator is None else generator.device
-    return torch.rand(len(z), generator=generator, device=device, dtype=z.dtype).to(z.device)
-
-
 # ---------------------------------------------------------------------------------------
 # 2  Solvers
 # ---------------------------------------------------------------------------------------
@@ -240,6 +237,15 @@ def _add_noise(x, diffusion, t, h, generator):
     if not callable(diffusion):
         return x.add_(noise, alpha=math.sqrt(h) * float(diffusion))
     return x.addcmul_(noise, _diffusion_at(diffusion, x, t), value=math.sqrt(h))
+
+
+def check_like(value, target, what):
+    """value, refused with a ValueError if its shape is not that of target."""
+    if value.shape != target.shape:
+        raise ValueError(
+            f"{what} must return shape {tuple(target.shape)}, got {tuple(value.shape)}"
+        )
+    return value
 
 
 @torch.no_grad()
@@ -1026,29 +1032,43 @@ class NoiseScore(nn.Module):
 # ---------------------------------------------------------------------------------------
 
 
-def flow_matching_loss(model, path, z, *, source=None, generator=None):
+def _draw_times(z, times, generator):
+    """Times (B,) for a batch z (B, *D): uniform on [0, 1), or those of times(n, generator)."""
+    if not z.is_floating_point():
+        raise ValueError(f"z must be floating point, got {z.dtype}; images need to_model_range")
+    if len(z) == 0:
+        raise ValueError("the batch is empty: its mean loss is undefined")
+    if times is None:
+        device = z.device if generator is None else generator.device
+        return torch.rand(len(z), generator=generator, device=device, dtype=z.dtype).to(z.device)
+    return check_like(times(len(z), generator).to(z), z.reshape(len(z), -1)[:, 0], "times")
+
+
+def flow_matching_loss(model, z, path, *, source=None, times=None, generator=None):
     """Conditional flow matching loss: mean of |u(x_t, t) - (alpha_dot z + beta_dot eps)|^2.
 
-    One draw of t ~ U[0, 1] and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al.
-    2023, eq. 9). source (B, *D) replaces eps: a flow from data to data. Returns a scalar, the
-    mean over the batch of the squared error per dimension.
+    One draw of t and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al. 2023,
+    eq. 9). source (B, *D) replaces eps: a flow from data to data. times: a sampler
+    (n, generator) -> t (n,); uniform on [0, 1) if None. Returns a scalar, the mean over the
+    batch of the squared error per dimension. ValueError if the model's output is not like x.
     """
-    t = _uniform_times(z, generator)
+    t = _draw_times(z, times, generator)
     eps = _randn_like(z, generator) if source is None else source
     target = path.velocity_target(z, t, eps)
-    return (model(path.sample(z, t, eps), t) - target).square().mean()
+    u = check_like(model(path.sample(z, t, eps), t), target, "the model")
+    return (u - target).square().mean()
 
 
-def score_matching_loss(model, path, z, *, weighted=True, generator=None):
+def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=None):
     """Denoising score matching: mean of w |s(x_t, t) + eps / beta|^2 for a score model.
 
     weighted: w = beta^2, so that the loss is |beta s + eps|^2, finite, with the minimiser of
-    the assignment's w = 1, whose expectation is infinite (question 5a). z: (B, *D). Returns a
-    scalar, the mean over the batch of the squared error per dimension.
+    the assignment's w = 1, whose expectation is infinite (question 5a). z (B, *D), times and
+    the result as for flow_matching_loss.
     """
-    t, eps = _uniform_times(z, generator), _randn_like(z, generator)
+    t, eps = _draw_times(z, times, generator), _randn_like(z, generator)
     beta = path.scheduler.beta(expand_like(t, z))
-    residual = beta * model(path.sample(z, t, eps), t) + eps
+    residual = beta * check_like(model(path.sample(z, t, eps), t), eps, "the score model") + eps
     return (residual if weighted else residual / beta).square().mean()
 
 
@@ -1067,15 +1087,15 @@ def image_batches(images, size, labels=None):
     return sample_batch
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then half a cosine down to zero at `steps`."""
+def learning_rate(step, steps, peak, warmup, decay=True):
+    """Linear warm-up over `warmup` steps, then half a cosine down to zero at `steps`, if decay."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    return peak * (1 + math.cos(math.pi * decay * (step - warmup) / (steps - warmup))) / 2
 
 
-def choose_precision(model, device):
-    """The fastest safe autocast dtype for training: a name, "float32", "bfloat16" or "float16".
+def choose_dtype(model, device):
+    """The fastest safe autocast dtype for training: "float32", "bfloat16" or "float16".
 
     Only convolutions are worth it. bfloat16 where the hardware has units for it (CPU:
     AVX512-BF16 or AMX; CUDA: compute capability 8.0), float16 on older CUDA devices.
@@ -1091,6 +1111,52 @@ def choose_precision(model, device):
     return "float32"
 
 
+def orthogonalize(matrices, dtype=torch.float32):
+    """Nearly the nearest semi-orthogonal matrices to (K, m, n), by five Newton-Schulz steps.
+
+    U S V^T becomes U S' V^T with S' in about [0.7, 1.2] (Jordan et al. 2024, whose
+    coefficients these are). dtype: of the products; bfloat16 is enough.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    x = x.to(matrices.dtype)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised steps, for convolution kernels (Jordan et al. 2024).
+
+    A kernel (out, in, k, k) is the matrix (out, in k k); its step is the Nesterov momentum,
+    orthogonalised, times lr sqrt(max(1, rows / columns)). Kernels of one shape go together.
+    """
+
+    def __init__(self, parameters, lr, momentum=0.95, dtype=torch.float32):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for kernel in group["params"]:
+                if kernel.grad is not None:
+                    by_shape.setdefault(kernel.shape, []).append(kernel)
+            for shape, kernels in by_shape.items():
+                looks_ahead = []
+                for kernel in kernels:
+                    state = self.state[kernel]
+                    velocity = state.setdefault("velocity", torch.zeros_like(kernel))
+                    velocity.lerp_(kernel.grad, 1 - group["momentum"])
+                    looks_ahead.append(kernel.grad.lerp(velocity, group["momentum"]).flatten(1))
+                matrices = orthogonalize(torch.stack(looks_ahead), self.dtype)
+                rate = group["lr"] * max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
+                for kernel, matrix in zip(kernels, matrices, strict=True):
+                    kernel.sub_(matrix.reshape(shape), alpha=rate)
+
+
 def _progress(steps, start=0, label="training"):
     """A progress bar for whoever waits; none with FLOW_PROGRESS=0 (tests, regeneration)."""
     from tqdm import tqdm
@@ -1099,39 +1165,31 @@ def _progress(steps, start=0, label="training"):
     return tqdm(total=steps, initial=start, desc=label, disable=hidden, leave=False)
 
 
-def _check_losses(losses, step, checkpoint):
-    """Raise FloatingPointError at the first loss among the first `step` that is not finite."""
-    bad = (~torch.isfinite(losses[:step])).nonzero()
-    if len(bad):
-        saved = checkpoint is not None and Path(checkpoint).exists()
-        kept = f"the last good state is in {checkpoint}" if saved else "nothing was saved"
-        raise FloatingPointError(
-            f"the loss is {losses[bad[0, 0]].item()} at step {bad[0, 0].item()}; {kept}. "
-            "Lower lr and start again"
-        )
+def _plain(value, name):
+    """value in Python's own types and tensors, which weights_only=True reads back."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()  # a NumPy number, or a tensor without axes
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict):
+        return {_plain(k, name): _plain(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(v, f"{name}[{i}]") for i, v in enumerate(value))
+    if value is None or torch.is_tensor(value):
+        return value
+    raise ValueError(
+        f"{name} is a {type(value).__name__}, which a weights file cannot hold; record it as "
+        "numbers, text, lists or tensors"
+    )
 
 
-def _load_checkpoint(path, config):
-    """Read a checkpoint, refusing one that was written with another configuration."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for field, value in config.items():
-        if state["config"].get(field) != value:
-            raise ValueError(
-                f"{path} was written with {field} = {state['config'].get(field)!r}, now "
-                f"{value!r}; delete it to start again, or restore the configuration"
-            )
-    return state
-
-
-def _save_checkpoint(path, state):
-    path = Path(path)
+def _write_tensors(path, state):
+    """Write state to path by torch.save, atomically."""
+    buffer, path = io.BytesIO(), Path(path)
+    torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _write_atomically(path, buffer.getvalue())
 
 
 def train(
@@ -1141,160 +1199,301 @@ def train(
     *,
     steps,
     lr=1e-3,
+    muon_lr=None,
     seed=0,
     ema=0.999,
     warmup=200,
+    decay=True,
     clip=1.0,
-    precision=None,
+    dtype=None,
     checkpoint=None,
     checkpoint_every=250,
     config=None,
     log=None,
+    on_step=None,
 ):
     """Train with Adam and return the losses, float32 (steps,) on the CPU.
 
     loss(model, batch, *, generator) -> scalar; sample_batch(generator) -> batch. The
-    generator is on the model's device, seeded with seed. The rate warms up and decays
-    (learning_rate), gradients are clipped at norm `clip`, and afterwards the model holds the
-    exponential moving average of its weights (decay min(ema, (1 + n) / (10 + n))) in eval
-    mode. precision: autocast dtype, chosen by choose_precision if None.
-    checkpoint: a file, written every checkpoint_every steps and on interruption; a run that
-    finds it resumes there, with bit-identical results on the CPU. config: what else a
-    checkpoint must have in common with the run, such as the batch size, a dict. log: a dict
-    that receives "seconds" and "precision". Raises FloatingPointError if the loss diverges,
-    ValueError if the checkpoint is of another configuration.
+    generator is on the model's device, seeded with seed; so is the global random state
+    (dropout), which is put back afterwards. The rate warms up and decays (learning_rate; at
+    most a tenth of the steps warm up), gradients are clipped at norm `clip` unless it is None,
+    and afterwards the model holds the exponential moving average of its weights and buffers
+    (decay min(ema, (1 + n) / (10 + n))) in eval mode. muon_lr: rate of Muon for the inner
+    convolutions (at least 16 channels in and out); None leaves them to Adam. dtype: of the
+    autocast, a name; chosen by choose_dtype if None.
+    checkpoint: a file, written every checkpoint_every steps, on Ctrl-C and on SIGTERM; a run
+    that finds it goes on there: bit for bit on the same kind of device and dtype, with new
+    random numbers from (seed, step) on another. config: what else a checkpoint must have in
+    common with the run, such as the batch size, a dict. log: a dict that receives "seconds",
+    "dtype" and "runs", where and in which dtype each part of the run was made. on_step(step,
+    losses, model) is called after every step. Raises FloatingPointError if the loss or its
+    gradient is not finite, ValueError for a checkpoint that is damaged or of another run.
     """
-    run = _TrainingRun(model, seed=seed, lr=lr, precision=precision)
-    parameters = sum(p.numel() for p in run.parameters)
-    options = dict(steps=steps, lr=lr, seed=seed, ema=ema, warmup=warmup, clip=clip)
-    config = (config or {}) | options | {"parameters": parameters}
-    losses = torch.zeros(steps, device=run.device)
+    options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
+    options |= {"decay": decay, "clip": clip, "loss": _name_of(loss)}
+    run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype)
     if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(_load_checkpoint(checkpoint, config), losses)
+        run.restore(_read_checkpoint(checkpoint, run))
+        print(f"{checkpoint}: goes on at step {run.step} of {steps}")
     model.train()
-    threads = torch.get_num_threads()
-    if run.device.type == "cpu" and run.precision == "float32" and parameters < 100_000:
-        torch.set_num_threads(1)  # two threads on a small network wait for each other
-    save = functools.partial(run.save, checkpoint, config, losses)
     bar = _progress(steps, run.step)
-    try:
-        while run.step < steps:
-            rate = learning_rate(run.step, steps, lr, min(warmup, steps // 10))
-            start, step = time.perf_counter(), run.step
-            losses[step] = run.update(loss, sample_batch, rate, clip, ema)
-            if run.step % 50 == 0 or run.step == steps:  # the only host synchronisation
-                _check_losses(losses, run.step, checkpoint)
-                bar.set_postfix_str(f"loss {losses[max(0, run.step - 50) : run.step].mean():.4f}")
-            run.seconds += time.perf_counter() - start
-            if run.step % checkpoint_every == 0 or run.step == steps:
-                _check_losses(losses, run.step, checkpoint)
-                save()
-            bar.update()
-    except KeyboardInterrupt:
-        if run.resumable and torch.isfinite(losses[: run.step]).all():
-            save()
-        raise
-    finally:
-        bar.close()
-        torch.set_num_threads(threads)
+    with run.environment():
+        try:
+            while run.step < steps:
+                start = time.perf_counter()
+                run.update(loss, sample_batch)
+                due = run.step % checkpoint_every == 0 or run.step == steps
+                if due or run.step % 50 == 0:  # the only times that the host waits
+                    run.check(checkpoint)
+                    recent = run.losses[max(0, run.step - 50) : run.step]
+                    bar.set_postfix_str(f"loss {recent.mean():.4f}")
+                run.seconds += time.perf_counter() - start
+                if due:
+                    run.save(checkpoint)
+                bar.update()
+                if on_step is not None:
+                    on_step(run.step, run.losses[: run.step], model)
+                    model.train()
+        except (KeyboardInterrupt, SystemExit):
+            if run.resumable and not len(run.faults()):
+                run.save(checkpoint)
+            raise
+        finally:
+            bar.close()
     run.finish()
     if log is not None:
-        log.update(seconds=run.seconds, precision=run.precision)
-    return losses.cpu()
+        log.update(seconds=run.seconds, dtype=run.dtype, runs=run.parts)
+    return run.losses.cpu()
+
+
+def _name_of(loss):
+    """The name of a loss, for the checkpoint: of a partial, that of its function."""
+    loss = getattr(loss, "func", loss)
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def _read_checkpoint(path, run):
+    """Read a checkpoint of train, refusing one that is damaged or of another run."""
+    again = "delete it to start again"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        name = type(error).__name__
+        raise ValueError(f"{path} is not a readable checkpoint ({name}); {again}") from error
+    if not isinstance(state, dict) or not state.keys() >= {"config", "weights", "random"}:
+        raise ValueError(f"{path} is not a checkpoint of train; name another file, or {again}")
+    for field, value in run.config.items():
+        if state["config"].get(field) != value:
+            raise ValueError(
+                f"{path} was written with {field} = {state['config'].get(field)!r}, now "
+                f"{value!r}; {again}, or restore the configuration"
+            )
+    if [w.shape for w in state["weights"]] != [w.shape for w in run.weights]:
+        raise ValueError(f"{path} holds weights of other shapes, of another network; {again}")
+    return state
 
 
 class _TrainingRun:
-    """The state that train advances, saves and restores."""
+    """The state that train advances, saves and restores: config is all plain values."""
 
-    def __init__(self, model, *, seed, lr, precision):
-        self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
-        self.precision = precision or choose_precision(model, self.device)
-        self.averages = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=self.device.type != "mps")
-        enabled = self.precision == "float16"  # else the scaler passes everything through
+    def __init__(self, model, config, dtype):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("the model has no parameter that requires a gradient")
+        self.model, self.trained, self.device = model, trained, trained[0].device
+        self.config = config | {"parameters": sum(p.numel() for p in trained)}
+        self.dtype = dtype or choose_dtype(model, self.device)
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
+        if not config["steps"] >= 1:
+            raise ValueError(f"steps must be at least 1, got {config['steps']}")
+        self.buffers = list(model.buffers())
+        self.weights = [p.detach() for p in model.parameters()] + self.buffers
+        self.tracked = [p.detach() for p in trained]
+        self.tracked += [b for b in self.buffers if b.is_floating_point()]
+        self.averages = [w.clone() for w in self.tracked]
+        self.optimizers = self._build_optimizers()
+        enabled = self.dtype == "float16"  # else the scaler passes everything through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.step, self.seconds = 0, 0.0
-        self.generator_state, self.resumable = self.generator.get_state(), True
+        self.generator = torch.Generator(self.device).manual_seed(config["seed"])
+        self.losses = torch.zeros(config["steps"], device=self.device)
+        self.norms = torch.zeros_like(self.losses)
+        self.step, self.seconds, self.saved_random = 0, 0.0, None
+        self.parts = [{"step": 0, "device": self.device.type, "dtype": self.dtype}]
 
-    def update(self, loss, sample_batch, rate, clip, ema):
-        """One optimisation step; returns the loss, still on the device."""
-        batch = sample_batch(self.generator)
-        dtype = getattr(torch, self.precision)
+    def _build_optimizers(self):
+        """[Adam], or [Adam, Muon]; each with the peak of its rate."""
+        muon_lr, kernels = self.config["muon_lr"], []
+        if muon_lr is not None:
+            kernels = [p for p in self.trained if p.ndim == 4 and min(p.shape[:2]) >= 16]
+        chosen = {id(p) for p in kernels}
+        rest = [p for p in self.trained if id(p) not in chosen]
+        self.peaks, optimizers = [], []
+        if rest:
+            fused = self.device.type != "mps"
+            optimizers.append(torch.optim.Adam(rest, lr=self.config["lr"], fused=fused))
+            self.peaks.append(self.config["lr"])
+        if kernels:
+            products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+            optimizers.append(Muon(kernels, muon_lr, dtype=products))
+            self.peaks.append(muon_lr)
+        return optimizers
+
+    @contextlib.contextmanager
+    def environment(self):
+        """Global random numbers from the seed, SIGTERM as SystemExit, one thread for a small
+        network (two would wait for each other); all as before afterwards."""
+        threads, random = torch.get_num_threads(), self._random_state()
+
+        def stop(number, frame):
+            raise SystemExit(128 + number)
+
+        in_main = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGTERM, stop) if in_main else None
+        if self.device.type == "cpu" and self.config["parameters"] < 100_000:
+            torch.set_num_threads(1 if self.dtype == "float32" else threads)
+        torch.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
+        if self.saved_random is not None:
+            self._set_random_state(self.saved_random)
+        self._remember()
+        try:
+            yield
+        finally:
+            self._set_random_state(random)
+            torch.set_num_threads(threads)
+            if in_main:
+                signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+    def _random_state(self):
+        """The states of the global generators: the CPU's, and the device's if another."""
+        states = [torch.get_rng_state()]
+        if self.device.type != "cpu":
+            states.append(torch.get_device_module(self.device).get_rng_state())
+        return states
+
+    def _set_random_state(self, states):
+        torch.set_rng_state(states[0])
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(states[1])
+
+    def _remember(self):
+        """Keep what the next step changes before it is complete; from here it can be repeated."""
+        self.random = [self.generator.get_state(), *self._random_state()]
+        self.kept_buffers = [b.clone() for b in self.buffers]
+        self.resumable = True
+
+    def update(self, loss, sample_batch):
+        """One optimisation step."""
+        batch, config = sample_batch(self.generator), self.config
+        dtype = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             value = loss(self.model, batch, generator=self.generator)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad()
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            warmup = min(config["warmup"], config["steps"] // 10)
+            rate = learning_rate(self.step, config["steps"], peak, warmup, config["decay"])
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
         self.scaler.scale(value).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, clip)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        clip = math.inf if config["clip"] is None else config["clip"]
+        norm = nn.utils.clip_grad_norm_(self.trained, clip)
+        self.losses[self.step] = value.detach()
         self.resumable = False  # until the step is complete, it cannot be repeated
-        self.scaler.step(self.optimizer)
+        if not self.scaler.is_enabled():
+            self.norms[self.step] = norm.detach()
+        if not self.scaler.is_enabled() or torch.isfinite(norm):  # float16: skip an overflow
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
-        decay = min(ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        decay = min(config["ema"], (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.averages, self.tracked, 1 - decay)
         self.step += 1
-        self.generator_state, self.resumable = self.generator.get_state(), True
-        return value.detach()
+        self._remember()
 
-    def save(self, path, config, losses):
+    def faults(self):
+        """Steps whose loss or gradient is not finite."""
+        return (~torch.isfinite(self.losses + self.norms)[: self.step]).nonzero()
+
+    def check(self, checkpoint):
+        """Raise FloatingPointError at the first step whose loss or gradient is not finite."""
+        bad = self.faults()
+        if not len(bad):
+            return
+        step = bad[0, 0].item()
+        what, value = "loss", self.losses[step].item()
+        if math.isfinite(value):
+            what, value = "norm of the gradient", self.norms[step].item()
+        saved = checkpoint is not None and Path(checkpoint).exists()
+        kept = f"the last good state is in {checkpoint}" if saved else "nothing was saved"
+        raise FloatingPointError(
+            f"the {what} is {value} at step {step}; {kept}. Lower lr and start again"
+        )
+
+    def save(self, path):
         if path is None:
             return
         state = {
-            "config": config,
-            "precision": self.precision,
+            "config": self.config,
             "step": self.step,
             "seconds": self.seconds,
-            "losses": losses,
-            "weights": [p.detach() for p in self.parameters],
+            "parts": self.parts,
+            "losses": self.losses,
+            "weights": self.weights[: -len(self.buffers) or None] + self.kept_buffers,
             "averages": self.averages,
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator_state,  # as it was before an interrupted step
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "random": self.random,  # as it was before an interrupted step
         }
-        _save_checkpoint(path, state)
+        _write_tensors(path, state)
 
-    def restore(self, state, losses):
-        self.precision, self.step = state["precision"], state["step"]
-        self.seconds = state["seconds"]
-        losses.copy_(state["losses"])
-        with torch.no_grad():
-            for target, saved in zip(self.parameters, state["weights"], strict=True):
-                target.copy_(saved)
-            for target, saved in zip(self.averages, state["averages"], strict=True):
-                target.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator_state = state["generator"]
-        self.generator.set_state(self.generator_state)
-        self.scaler.load_state_dict(state["scaler"])
+    def restore(self, state):
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses.copy_(state["losses"])
+        for target, saved in zip(self.weights, state["weights"], strict=True):
+            target.copy_(saved)
+        for target, saved in zip(self.averages, state["averages"], strict=True):
+            target.copy_(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group["fused"] = own.get("fused")  # the choice of this device
+            optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if state["parts"][-1]["device"] == self.device.type:
+            self.generator.set_state(state["random"][0])
+            self.saved_random = state["random"][1:]
+        else:  # generators of other devices have other states
+            self.generator.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
+        here = self.parts[0] | {"step": self.step}
+        same = {**state["parts"][-1], "step": self.step} == here
+        self.parts = state["parts"] + ([] if same else [here])
 
     def finish(self):
         """Put the averaged weights into the model."""
-        with torch.no_grad():
-            for target, average in zip(self.parameters, self.averages, strict=True):
-                target.copy_(average)
+        for target, average in zip(self.tracked, self.averages, strict=True):
+            target.copy_(average)
         self.model.eval()
 
 
-def _new_file(name, folder):
-    """Path of a file to write: below data/<folder>, or in FLOW_WEIGHTS if that is set."""
-    return Path(os.environ.get("FLOW_WEIGHTS") or DATA / folder) / name
-
-
-def _existing_file(name, folder, remedy):
+def _existing_file(name, kind, remedy):
     """Path of a file to read, one that was made here before one that was committed."""
-    candidates = [_new_file(name, folder), DATA / folder / name]
-    for path in candidates:
+    new, committed = output_folder(kind) / name, DATA / kind / name
+    for path in (new, committed):
         if path.exists():
             return path
-    raise FileNotFoundError(f"{candidates[0]} does not exist; {remedy}")
+    raise FileNotFoundError(f"{committed} does not exist; {remedy}")
+
+
+def _announce(path):
+    """Say where a file comes from that is not a committed one."""
+    if DATA not in path.parents:
+        print(f"using {path}")
 
 
 def _read_weights(name):
-    remedy = f"make it by running the notebook that trains {name} with FLOW_RETRAIN=1"
+    remedy = f"make it by running the notebook that trains {name} with FLOW_RETRAIN={name}"
     path = _existing_file(f"{name}.pt", "weights", remedy)
     try:
         return path, torch.load(path, map_location="cpu", weights_only=True)
@@ -1305,17 +1504,28 @@ def _read_weights(name):
         ) from error
 
 
+def _halve(value):
+    """A tensor in float16 on the CPU; as it is where float16 loses more than its rounding."""
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    if not torch.isfinite(value).all():
+        raise ValueError("the weights are not finite; nothing was written")
+    half = value.half()
+    lost = (half.to(value.dtype) - value).abs()
+    return half if not (lost > 1e-3 * value.abs().amax()).any() else value.float()
+
+
 def save_weights(model, name, record):
     """Write a model's weights in float16, and the record of their run, as <name>.pt.
 
     record: a dict of plain Python values and tensors, with the configuration under "config".
-    Written to data/weights, or to the folder that FLOW_WEIGHTS names; atomically.
+    A tensor that float16 cannot hold stays in float32. Written to output_folder("weights"),
+    atomically. Raises ValueError for a record or weights that could not be read back.
     """
-    halves = {
-        key: value.half().cpu().contiguous() if value.is_floating_point() else value.cpu()
-        for key, value in model.state_dict().items()
-    }
-    _save_checkpoint(_new_file(f"{name}.pt", "weights"), {"weights": halves, "record": record})
+    state = {k.replace("_orig_mod.", ""): _halve(v) for k, v in model.state_dict().items()}
+    content = {"weights": state, "record": _plain(record, "record")}
+    _write_tensors(output_folder("weights") / f"{name}.pt", content)
 
 
 def load_weights(model, name, *, expect=None):
@@ -1326,42 +1536,61 @@ def load_weights(model, name, *, expect=None):
     differs (naming it), or if the weights do not fit the model.
     """
     path, content = _read_weights(name)
+    _announce(path)
     for field, value in (expect or {}).items():
         found = content["record"]["config"].get(field)
         if found != value:
             raise ValueError(f"{path} was trained with {field} = {found!r}, expected {value!r}")
+    model = model.float()
+    plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     try:
-        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
+        plain.load_state_dict({k: v.float() for k, v in content["weights"].items()})
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this model: {error}") from error
-    return model.float().eval()
+    return model.eval()
 
 
-def load_record(name):
+def load_training_log(name):
     """Return the record of the run that made <name>.pt: config, losses, seconds, device ..."""
     return _read_weights(name)[1]["record"]
 
 
+def retrain_wanted(name):
+    """Whether FLOW_RETRAIN asks for this network: "1" for all, or names with commas or spaces.
+
+    Raises ValueError for a word that is neither, such as "true".
+    """
+    wanted = os.environ.get("FLOW_RETRAIN", "").replace(",", " ").split()
+    known = {path.stem for path in (DATA / "weights").glob("*.pt")} | {name}
+    if wanted in ([], ["0"], ["1"]):
+        return wanted == ["1"]
+    if not known.issuperset(wanted):
+        raise ValueError(f"FLOW_RETRAIN={' '.join(wanted)!r} must be 1, or some of {sorted(known)}")
+    return name in wanted
+
+
 def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=False):
-    """Load the network <name>, after training it from scratch if retrain; returns model, record.
+    """Load the network <name>, after training it from scratch if asked; returns model, record.
 
     build() -> model, called with a generator state fixed by config["seed"]. config: what is
-    recorded and checked; its steps, lr, seed and ema go to train. Training writes a
-    checkpoint beside the weights and resumes from it after an interruption. Either way the
-    weights are those of the file, so both ways give the same network.
+    recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains
+    if retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which an
+    interrupted run goes on. Either way the weights are those of the file.
     """
+    config = _plain(config, "config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         model = build().to(device)
-    if retrain:
-        checkpoint, log = _new_file(f"{name}.checkpoint", "weights"), {}
-        options = {field: config[field] for field in ("steps", "lr", "seed", "ema")}
+    if retrain or retrain_wanted(name):
+        checkpoint, log = output_folder("weights") / f"{name}.checkpoint", {}
+        options = {k: config[k] for k in ("steps", "lr", "muon_lr", "seed", "ema") if k in config}
         options |= {"checkpoint": checkpoint, "config": config, "log": log}
         losses = train(model, loss, sample_batch, **options)
         record = {"config": config, "losses": losses, **log, **describe_machine(device)}
         save_weights(model, name, record)
+        load_weights(model, name, expect=config)  # before the checkpoint goes
         checkpoint.unlink()
-    return load_weights(model, name, expect=config).to(device), load_record(name)
+    return load_weights(model, name, expect=config).to(device), load_training_log(name)
 
 
 def _fingerprints(names):
@@ -1369,22 +1598,23 @@ def _fingerprints(names):
     return {name: _sha256(_read_weights(name)[0].read_bytes()) for name in names}
 
 
-def save_evaluation(name, networks, content):
-    """Write <name>.json to data/records: content (a dict), and the SHA-256 of the networks."""
-    path = _new_file(f"{name}.json", "records")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_record(name, networks, content):
+    """Write the evaluation <name>.json: content (a dict), and the SHA-256 of the networks."""
+    path = output_folder("records") / f"{name}.json"
     text = json.dumps({"weights": _fingerprints(networks), **content}, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, text.encode())
 
 
-def load_evaluation(name):
-    """Read data/records/<name>.json, made by `python notebooks/evaluate.py <name>`.
+def load_record(name):
+    """Read the evaluation <name>.json, made by `python notebooks/evaluate.py <name>`.
 
     Raises FileNotFoundError if it does not exist, ValueError if the weights have changed
     since it was made: the table would describe other networks.
     """
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
     path = _existing_file(f"{name}.json", "records", remedy)
+    _announce(path)
     content = json.loads(path.read_text())
     for network, fingerprint in _fingerprints(content["weights"]).items():
         if fingerprint != content["weights"][network]:

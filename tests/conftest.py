@@ -36,8 +36,9 @@ def scheduler(request):
 
 @pytest.fixture
 def weights_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLOW_WEIGHTS", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("FLOW_OUTPUT", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights"
 
 
 @pytest.fixture

@@ -1,14 +1,19 @@
 """Section 7: losses, training, resuming, weights files."""
 
+import functools
 import math
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checks import assert_mean
+from torch import nn
 
 import helpers
 from helpers import (
@@ -17,11 +22,11 @@ from helpers import (
     LinearScheduler,
     NoiseScore,
     UNet,
-    choose_precision,
+    choose_dtype,
     flow_matching_loss,
     image_batches,
     learning_rate,
-    load_record,
+    load_training_log,
     load_weights,
     make_generator,
     save_weights,
@@ -34,7 +39,7 @@ PATH = GaussianPath(LinearScheduler())
 
 
 def flow_loss(model, batch, *, generator):
-    return flow_matching_loss(model, PATH, batch, generator=generator)
+    return flow_matching_loss(model, batch, PATH, generator=generator)
 
 
 def points(generator):
@@ -77,11 +82,11 @@ def test_flow_matching_loss_of_the_exact_field_is_the_floor(mixture, scheduler):
         return mixture.velocity_variance(x, t, scheduler).mean() / 2
 
     batches = [mixture.sample(100, generator=generator) for _ in range(400)]
-    losses = torch.stack([flow_matching_loss(exact, path, z, generator=generator) for z in batches])
+    losses = torch.stack([flow_matching_loss(exact, z, path, generator=generator) for z in batches])
     assert_mean(losses - torch.stack([floor(z) for z in batches]))
     wrong = torch.stack(
         [
-            flow_matching_loss(lambda x, t: exact(x, t) + 0.3, path, z, generator=generator)
+            flow_matching_loss(lambda x, t: exact(x, t) + 0.3, z, path, generator=generator)
             for z in batches
         ]
     )
@@ -102,7 +107,7 @@ def test_score_matching_loss_of_the_exact_score_is_the_floor(mixture):
         return (t**2 * mixture.velocity_variance(x, t, PATH.scheduler)).mean() / 2
 
     batches = [mixture.sample(100, generator=generator) for _ in range(400)]
-    losses = [score_matching_loss(exact, PATH, z, generator=generator) for z in batches]
+    losses = [score_matching_loss(exact, z, PATH, generator=generator) for z in batches]
     assert_mean(torch.stack(losses) - torch.stack([floor(z) for z in batches]))
 
 
@@ -117,14 +122,14 @@ def test_losses_ask_the_model_at_the_path(shape, generator):
     def score(x, t):
         return PATH.conditional_score(x, z, t)
 
-    assert flow_matching_loss(velocity, PATH, z, generator=generator) < 1e-20
-    assert score_matching_loss(score, PATH, z, generator=generator) < 1e-20
-    assert score_matching_loss(score, PATH, z, weighted=False, generator=generator) < 1e-20
+    assert flow_matching_loss(velocity, z, PATH, generator=generator) < 1e-20
+    assert score_matching_loss(score, z, PATH, generator=generator) < 1e-20
+    assert score_matching_loss(score, z, PATH, weighted=False, generator=generator) < 1e-20
 
 
 def test_source_replaces_the_noise(generator):
     z, source = torch.randn(2, 5, 2, generator=generator)
-    loss = flow_matching_loss(lambda x, t: z - source, PATH, z, source=source, generator=generator)
+    loss = flow_matching_loss(lambda x, t: z - source, z, PATH, source=source, generator=generator)
     assert loss < 1e-12
 
 
@@ -141,7 +146,7 @@ def test_weighting_of_the_score_loss(generator):
 
     path, z = GaussianPath(AtHalf()), torch.randn(50, 2, generator=generator)
     weighted, plain = (
-        score_matching_loss(lambda x, t: x, path, z, weighted=w, generator=make_generator(5))
+        score_matching_loss(lambda x, t: x, z, path, weighted=w, generator=make_generator(5))
         for w in (True, False)
     )
     torch.testing.assert_close(weighted, plain / 4)
@@ -150,11 +155,42 @@ def test_weighting_of_the_score_loss(generator):
 def test_losses_follow_the_generator_and_stay_on_the_graph(generator):
     model, z = MLP(hidden=8, layers=1), torch.randn(5, 2, generator=generator)
     for loss in (flow_matching_loss, score_matching_loss):
-        first = loss(model, PATH, z, generator=make_generator(3))
-        assert torch.equal(first, loss(model, PATH, z, generator=make_generator(3)))
-        assert not torch.equal(first, loss(model, PATH, z, generator=make_generator(4)))
+        first = loss(model, z, PATH, generator=make_generator(3))
+        assert torch.equal(first, loss(model, z, PATH, generator=make_generator(3)))
+        assert not torch.equal(first, loss(model, z, PATH, generator=make_generator(4)))
         assert first.shape == ()
         assert first.requires_grad
+
+
+def test_times_of_both_losses(generator):
+    z, seen = torch.zeros(4, 2), []
+
+    def late(n, generator):
+        return 0.9 + 0.1 * torch.rand(n, generator=generator)
+
+    def model(x, t):
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    flow_matching_loss(model, z, PATH, times=late, generator=generator)
+    score_matching_loss(model, z, PATH, times=late, generator=generator)
+    assert all((t >= 0.9).all() for t in seen)
+    with pytest.raises(ValueError, match=r"times must return shape \(4,\), got \(3,\)"):
+        flow_matching_loss(model, z, PATH, times=lambda n, generator: torch.rand(n - 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "returned"), [((5, 1), (5,)), ((5,), (5, 1)), ((5, 3, 4, 4), (5, 1, 4, 4))]
+)
+def test_losses_refuse_a_model_that_would_broadcast(shape, returned, generator):
+    z = torch.randn(shape, generator=generator)
+    for loss in (flow_matching_loss, score_matching_loss):
+        with pytest.raises(ValueError, match="model must return shape"):
+            loss(lambda x, t: torch.zeros(returned), z, PATH, generator=generator)
+        with pytest.raises(ValueError, match="batch is empty"):
+            loss(lambda x, t: x, z[:0], PATH, generator=generator)
+        with pytest.raises(ValueError, match="to_model_range"):
+            loss(lambda x, t: x, z.to(torch.uint8), PATH, generator=generator)
 
 
 def test_image_batches():
@@ -233,7 +269,7 @@ def test_training_lowers_the_loss():
     assert losses.dtype == torch.float32
     assert losses[-50:].mean() < 0.3 * losses[:20].mean()
     assert not model.training
-    assert log["precision"] == "float32"
+    assert log["dtype"] == "float32"
     assert log["seconds"] > 0
 
 
@@ -254,8 +290,8 @@ def test_precision_follows_the_units_of_the_device(device, units, expected, monk
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe == units, raising=False)
     device = torch.device(device)
-    assert choose_precision(build("unet")[0], device) == expected
-    assert choose_precision(build("mlp")[0], device) == "float32"
+    assert choose_dtype(build("unet")[0], device) == expected
+    assert choose_dtype(build("mlp")[0], device) == "float32"
 
 
 def test_training_is_reproducible_and_owns_its_generator():
@@ -294,7 +330,7 @@ def test_the_number_of_threads_is_restored():
 
 
 def test_a_network_without_convolutions_trains_in_float32():
-    assert helpers.choose_precision(MLP(), torch.device("cpu")) == "float32"
+    assert helpers.choose_dtype(MLP(), torch.device("cpu")) == "float32"
 
 
 # Interruption
@@ -306,6 +342,7 @@ class Stop:
 
     def __init__(self, function, at, error, after):
         self.function, self.left, self.error, self.after = function, at, error, after
+        functools.update_wrapper(self, function)  # a checkpoint knows its loss by name
 
     def __call__(self, *args, **kwargs):
         self.left -= 1
@@ -318,7 +355,7 @@ class Stop:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("mlp", "float32"), ("unet", "float32"), ("unet", "bfloat16")]
+    ("kind", "dtype"), [("mlp", "float32"), ("unet", "float32"), ("unet", "bfloat16")]
 )
 @pytest.mark.parametrize(
     ("where", "error"),
@@ -329,10 +366,10 @@ class Stop:
         ("batch drawn", RuntimeError),
     ],
 )
-def test_resuming_is_bit_exact(kind, precision, where, error, tmp_path):
+def test_resuming_is_bit_exact(kind, dtype, where, error, tmp_path):
     """Interrupted in step 6 of 8, with a checkpoint every 2: the run ends as an undisturbed
     one. KeyboardInterrupt saves step 5; another error leaves step 4."""
-    options = dict(steps=8, seed=5, precision=precision, checkpoint_every=2)
+    options = dict(steps=8, seed=5, dtype=dtype, checkpoint_every=2)
     model, sample_batch = build(kind)
     expected = [train(model, flow_loss, sample_batch, **options), *model.parameters()]
 
@@ -436,6 +473,252 @@ def test_interrupting_a_diverged_run_keeps_the_good_checkpoint(tmp_path):
     assert torch.load(checkpoint, weights_only=True)["step"] == 5
 
 
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_gradient_that_is_not_finite_is_never_saved(at, tmp_path):
+    """sqrt at 0 has a finite value and an infinite slope: at a step whose checkpoint is due,
+    and at the last one."""
+    checkpoint, (model, sample_batch) = tmp_path / "run.checkpoint", build("mlp")
+    left = iter(range(99))
+
+    def loss(model, batch, *, generator):
+        value = flow_loss(model, batch, generator=generator)
+        return value + (value * 0).sqrt() if next(left) == at - 1 else value
+
+    options = dict(steps=6, checkpoint=checkpoint, checkpoint_every=2)
+    with pytest.raises(FloatingPointError, match=f"norm of the gradient is nan at step {at - 1}"):
+        train(model, loss, sample_batch, **options)
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == at - 2
+    assert all(weight.isfinite().all() for weight in state["weights"])
+
+
+class Restless(nn.Module):
+    """Dropout and batch statistics: a network with a state beyond its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(hidden=16, layers=2)
+        self.norm, self.drop = nn.BatchNorm1d(2), nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return self.net(self.drop(self.norm(x)), t)
+
+
+@pytest.mark.parametrize("where", ["batch", "loss"])
+def test_resuming_keeps_buffers_and_the_global_random_state(where, tmp_path):
+    def whole_state(model):
+        return list(model.state_dict().values())
+
+    def start():
+        torch.manual_seed(1)
+        return Restless()
+
+    options = dict(steps=8, checkpoint_every=3)
+    expected, model = [train(model := start(), flow_loss, points, **options)], model
+    expected += whole_state(model)
+    options["checkpoint"] = tmp_path / "run.checkpoint"
+    stopped_loss, stopped_batch = flow_loss, points
+    if where == "loss":  # the batch statistics have moved, the weights have not
+        stopped_loss = Stop(flow_loss, 6, KeyboardInterrupt, after=True)
+    else:
+        stopped_batch = Stop(points, 6, KeyboardInterrupt, after=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(start(), stopped_loss, stopped_batch, **options)
+    torch.manual_seed(7)  # the reader's own random numbers
+    for _ in range(2):  # the run goes on; then a finished checkpoint is read
+        model = start()
+        assert same([train(model, flow_loss, points, **options), *whole_state(model)], expected)
+    assert not torch.equal(model.norm.running_mean, torch.zeros(2))
+
+
+def test_the_average_holds_the_batch_statistics():
+    ends = {}
+    for ema in (0.0, 0.999):
+        torch.manual_seed(1)
+        model = Restless()
+        train(model, flow_loss, lambda generator: points(generator) + 3, steps=20, ema=ema)
+        ends[ema] = model.norm.running_mean.norm()
+    assert 0 < ends[0.999] < ends[0.0]
+
+
+def test_plain_numbers_are_converted_and_others_refused(tmp_path):
+    checkpoint, (model, sample_batch) = tmp_path / "run.checkpoint", build("mlp")
+    config = {"batch": np.int64(64), "scale": torch.tensor(2.0), "name": np.str_("net")}
+    options = dict(steps=2, lr=np.float64(1e-3), checkpoint=checkpoint)
+    train(model, flow_loss, sample_batch, config=config, **options)
+    saved = torch.load(checkpoint, weights_only=True)["config"]
+    assert {type(saved[key]) for key in ("lr", "batch", "scale", "name")} == {float, int, str}
+
+    def never(generator):
+        raise AssertionError("a step was made")
+
+    for wrong in (Path("data"), np.zeros(3), object()):
+        with pytest.raises(ValueError, match=r"config\['where'\] is a .*weights file cannot hold"):
+            train(model, flow_loss, never, steps=2, config={"where": wrong})
+
+
+def test_sigterm_saves_as_an_interruption_does(tmp_path):
+    checkpoint, (model, sample_batch) = tmp_path / "run.checkpoint", build("mlp")
+    handler = signal.getsignal(signal.SIGTERM)
+    left = iter(range(99))
+
+    def preempted(generator):
+        if next(left) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample_batch(generator)
+
+    with pytest.raises(SystemExit):
+        train(model, flow_loss, preempted, steps=9, checkpoint=checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(("first", "second"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_goes_on_in_another_dtype(first, second, tmp_path):
+    checkpoint, log = tmp_path / "run.checkpoint", {}
+    options = dict(steps=4, checkpoint=checkpoint, checkpoint_every=2)
+    stopped = Stop(images, 4, RuntimeError, after=False)
+    with pytest.raises(RuntimeError):
+        train(build("unet")[0], flow_loss, stopped, dtype=first, **options)
+    train(build("unet")[0], flow_loss, images, dtype=second, log=log, **options)
+    parts = [(part["step"], part["dtype"]) for part in log["runs"]]
+    assert parts == [(0, first), (2, second)]
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    checkpoint, (model, sample_batch) = tmp_path / "run.checkpoint", build("mlp")
+    options = dict(steps=4, checkpoint=checkpoint)
+    train(model, flow_loss, sample_batch, **options)
+    content = checkpoint.read_bytes()
+    for damaged in (b"", b"something else", content[: len(content) // 2]):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"not a readable checkpoint.*delete it"):
+            train(model, flow_loss, sample_batch, **options)
+    for foreign in ({"weights": {}}, [1, 2]):
+        torch.save(foreign, checkpoint)
+        with pytest.raises(ValueError, match="not a checkpoint of train"):
+            train(model, flow_loss, sample_batch, **options)
+    checkpoint.write_bytes(content)
+    turned = MLP(hidden=16, layers=2)
+    turned.net[0], turned.net[2] = turned.net[2], turned.net[0]  # as many parameters
+    with pytest.raises(ValueError, match="weights of other shapes, of another network"):
+        train(turned, flow_loss, sample_batch, **options)
+
+    def other_loss(model, batch, *, generator):
+        return 2 * flow_loss(model, batch, generator=generator)
+
+    with pytest.raises(ValueError, match=r"loss = 'flow_loss', now '.*other_loss'; delete it"):
+        train(model, other_loss, sample_batch, **options)
+
+
+def test_what_cannot_be_trained_is_refused():
+    model, sample_batch = build("mlp")
+    with pytest.raises(ValueError, match=r'dtype must be "float32".*got \'bf16\''):
+        train(model, flow_loss, sample_batch, steps=2, dtype="bf16")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        train(model, flow_loss, sample_batch, steps=0)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        train(model.requires_grad_(False), flow_loss, sample_batch, steps=2)
+
+
+def test_on_step_watches_and_disturbs_nothing():
+    seen = []
+
+    def watch(step, losses, model):
+        seen.append((step, len(losses)))
+        model.eval()
+
+    (model, sample_batch), (other, _) = build("mlp"), build("mlp")
+    losses = train(model, flow_loss, sample_batch, steps=3, on_step=watch)
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    assert torch.equal(losses, train(other, flow_loss, sample_batch, steps=3))
+
+
+def test_everything_switched_off_is_the_plain_loop():
+    """Adam as in a textbook: no warm-up, decay, clipping or averaging."""
+    model, sample_batch = build("mlp")
+    plain, _ = build("mlp")
+    off = dict(warmup=0, decay=False, clip=None, ema=0)
+    losses = train(model, flow_loss, sample_batch, steps=10, lr=1e-2, seed=3, **off)
+    optimizer, generator = torch.optim.Adam(plain.parameters(), lr=1e-2), make_generator(3)
+    for step in range(10):
+        value = flow_loss(plain, sample_batch(generator), generator=generator)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        assert value.item() == pytest.approx(losses[step].item(), rel=1e-5)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 144), (3, 40, 20), (1, 16, 16)])
+def test_orthogonalize_keeps_the_vectors_and_levels_the_singular_values(shape, generator):
+    matrices = torch.randn(shape, generator=generator)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ helpers.orthogonalize(matrices) @ vh.mT
+    levels = inside.diagonal(dim1=1, dim2=2)
+    assert (inside - torch.diag_embed(levels)).abs().max() < 1e-3
+    assert levels.min() > 0.3
+    assert levels.max() < 1.3
+
+
+def test_muon_agrees_with_torch():
+    """torch.optim.Muon on the same kernels, as matrices; it rounds its products to bfloat16."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    generator = make_generator(2)
+    kernel = torch.randn(32, 16, 3, 3, generator=generator)
+    ours, theirs = nn.Parameter(kernel.clone()), nn.Parameter(kernel.flatten(1).clone())
+    muon = helpers.Muon([ours], lr=0.1)
+    peer = torch.optim.Muon([theirs], lr=0.1, momentum=0.95, weight_decay=0.0)
+    for _ in range(3):
+        ours.grad = torch.randn(kernel.shape, generator=generator)
+        theirs.grad = ours.grad.flatten(1)
+        muon.step()
+        peer.step()
+    step = (ours - kernel).flatten(1)
+    assert (step - (theirs - kernel.flatten(1))).norm() < 0.02 * step.norm()
+
+
+def test_muon_takes_the_inner_convolutions_alone(tmp_path):
+    """Off by default; on, it moves the kernels of 16 channels and more, resumes bit for bit,
+    and leaves a network without such kernels to Adam."""
+    (model, sample_batch), (adam, _) = build("unet"), build("unet")
+    for network in (model, adam):  # what starts at zero would stop the gradients
+        generator = make_generator(3)
+        for p in network.parameters():
+            p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    off = dict(ema=0.0, warmup=0, decay=False)
+    train(model, flow_loss, sample_batch, steps=1, muon_lr=0.02, **off)
+    train(adam, flow_loss, sample_batch, steps=1, **off)
+    moved = {
+        name
+        for (name, a), b in zip(model.named_parameters(), adam.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    inner = {n for n, p in model.named_parameters() if p.ndim == 4 and min(p.shape[:2]) >= 16}
+    assert moved == inner
+    assert "stem.weight" not in inner
+
+    options = dict(steps=6, muon_lr=0.02)
+    expected = [train(model := build("unet")[0], flow_loss, images, **options)]
+    expected += model.parameters()
+    options["checkpoint"] = tmp_path / "run.checkpoint"
+    stopped = Stop(images, 4, KeyboardInterrupt, after=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(build("unet")[0], flow_loss, stopped, **options)
+    model, _ = build("unet")
+    assert same([train(model, flow_loss, images, **options), *model.parameters()], expected)
+
+    ends = [build("mlp")[0] for _ in range(2)]
+    for mlp, muon_lr in zip(ends, (None, 0.02), strict=True):
+        train(mlp, flow_loss, points, steps=3, muon_lr=muon_lr)
+    assert same(*(end.parameters() for end in ends))
+
+
 # Files
 
 
@@ -445,15 +728,14 @@ sys.path[:0] = sys.argv[2:]
 import torch
 from test_training import build, flow_loss, train
 
-save, calls = torch.save, iter(range(9))
+replace, calls = os.replace, iter(range(9))
 
-def save_or_die(state, path):
+def die_in_the_third(source, target):
     if next(calls) == 2:
-        path.write_bytes(b"half")
         os._exit(9)
-    save(state, path)
+    replace(source, target)
 
-torch.save = save_or_die
+os.replace = die_in_the_third
 model, sample_batch = build("mlp")
 options = dict(steps=12, checkpoint_every=3, checkpoint=pathlib.Path(sys.argv[1]))
 train(model, flow_loss, sample_batch, **options)
@@ -477,14 +759,13 @@ def test_killed_while_writing_a_checkpoint(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """torch.save writes a part and fails."""
+    """No byte reaches the disk."""
 
-    def save(state, path):
-        path.write_bytes(b"half")
+    def fsync(handle):
         raise OSError(28, "No space left on device")
 
     def fill():
-        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr(os, "fsync", fsync)
 
     return fill
 
@@ -516,7 +797,7 @@ def test_weights_round_trip(kind, weights_folder):
     for saved, read in zip(model.parameters(), loaded.parameters(), strict=True):
         assert read.dtype == torch.float32
         assert torch.equal(read, saved.half().float())
-    found = load_record("net")
+    found = load_training_log("net")
     assert found["config"] == record["config"]
     assert torch.equal(found["losses"], record["losses"])
     parameters = sum(p.numel() for p in model.parameters())
@@ -524,15 +805,20 @@ def test_weights_round_trip(kind, weights_folder):
     assert [path.name for path in weights_folder.iterdir()] == ["net.pt"]
 
 
-def test_new_files_hide_committed_ones_and_fall_back_to_them(tmp_path, monkeypatch):
+def test_new_files_hide_committed_ones_and_fall_back_to_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(helpers, "DATA", tmp_path / "data")
-    monkeypatch.delenv("FLOW_WEIGHTS", raising=False)
-    save_weights(MLP(), "net", {"made": "in the clone"})
+    monkeypatch.setattr(helpers, "ROOT", tmp_path)
+    monkeypatch.setenv("FLOW_OUTPUT", str(tmp_path))  # in place
+    save_weights(MLP(), "net", {"config": {"made": "in the clone"}})
     assert (tmp_path / "data" / "weights" / "net.pt").exists()
-    monkeypatch.setenv("FLOW_WEIGHTS", str(tmp_path / "new"))
-    assert load_record("net") == {"made": "in the clone"}
-    save_weights(MLP(), "net", {"made": "outside"})
-    assert load_record("net") == {"made": "outside"}
+    load_weights(MLP(), "net")
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("FLOW_OUTPUT")  # build/ of the clone
+    assert load_training_log("net") == {"config": {"made": "in the clone"}}
+    save_weights(MLP(), "net", {"config": {"made": "by a reader"}})
+    assert load_training_log("net") == {"config": {"made": "by a reader"}}
+    load_weights(MLP(), "net")
+    assert capsys.readouterr().out == f"using {tmp_path / 'build' / 'weights' / 'net.pt'}\n"
 
 
 class Harmful:
@@ -547,7 +833,7 @@ def test_a_file_with_code_is_refused(weights_folder, capsys):
         else:
             (weights_folder / "net.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"net\.pt is not a readable weights file.*git"):
-            load_record("net")
+            load_training_log("net")
     assert capsys.readouterr().out == ""
 
 
@@ -569,8 +855,53 @@ def test_other_weights_are_refused(weights_folder):
         load_weights(MLP(hidden=8), "net", expect={"width": 3})
     with pytest.raises(ValueError, match=r"does not fit this model: .*\n.*size mismatch"):
         load_weights(MLP(hidden=16), "net")
-    with pytest.raises(FileNotFoundError, match=r"other\.pt does not exist.*FLOW_RETRAIN=1"):
+    with pytest.raises(FileNotFoundError, match=r"other\.pt does not exist.*FLOW_RETRAIN=other"):
         load_weights(MLP(), "other")
+
+
+def test_what_float16_cannot_hold_stays_float32(weights_folder):
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.fill_(1e5)
+        model.bias.fill_(1e-9)
+    save_weights(model, "net", {"config": {}})
+    loaded = load_weights(nn.Linear(3, 2), "net")
+    assert torch.equal(loaded.weight, model.weight)
+    assert torch.equal(loaded.bias, model.bias)
+    with torch.no_grad():
+        model.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite; nothing was written"):
+        save_weights(model, "other", {"config": {}})
+    with pytest.raises(ValueError, match=r"record\['file'\] is a PosixPath"):
+        save_weights(nn.Linear(3, 2), "other", {"config": {}, "file": Path("x")})
+    assert [path.name for path in weights_folder.iterdir()] == ["net.pt"]
+
+
+def test_weights_of_a_compiled_model_load_into_a_plain_one(weights_folder):
+    model = build("mlp")[0]
+    save_weights(torch.compile(model), "net", {"config": {}})
+    for target in (build("mlp")[0], torch.compile(build("mlp")[0])):
+        with torch.no_grad():
+            next(target.parameters()).zero_()
+        load_weights(target, "net")
+        for saved, read in zip(model.parameters(), target.parameters(), strict=True):
+            assert torch.equal(read, saved.half().float())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", False), ("0", False), ("1", True), ("net, flow_linear", True), ("flow_linear", False)],
+)
+def test_retrain_wanted(value, expected, monkeypatch):
+    monkeypatch.setenv("FLOW_RETRAIN", value)
+    assert helpers.retrain_wanted("net") is expected
+
+
+@pytest.mark.parametrize("value", ["true", "yes", "flow_linaer"])
+def test_retrain_of_unknown_names_is_refused(value, monkeypatch):
+    monkeypatch.setenv("FLOW_RETRAIN", value)
+    with pytest.raises(ValueError, match=f"FLOW_RETRAIN='{value}' must be 1, or some of .*net"):
+        helpers.retrain_wanted("net")
 
 
 # train_or_load
@@ -601,7 +932,7 @@ def test_train_or_load_both_ways_same_network(weights_folder):
     assert record.keys() == again.keys()
     assert record["config"] == CONFIG
     assert record["losses"].shape == (6,)
-    assert {"seconds", "precision", "device", "processor", "versions"} <= record.keys()
+    assert {"seconds", "dtype", "device", "processor", "versions"} <= record.keys()
     assert [path.name for path in weights_folder.iterdir()] == ["net.pt"]
     with pytest.raises(ValueError, match="trained with hidden = 8, expected 9"):
         run(config={**CONFIG, "hidden": 9})
@@ -622,13 +953,23 @@ def test_train_or_load_resumes(weights_folder, monkeypatch):
     assert (record["losses"] > 0).all()
 
 
+def test_the_checkpoint_goes_after_the_weights_were_read_back(weights_folder, monkeypatch):
+    def unreadable(*args, **options):
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(helpers, "load_weights", unreadable)
+    with pytest.raises(ValueError, match="damaged"):
+        run(retrain=True)
+    assert (weights_folder / "net.checkpoint").exists()
+
+
 def test_a_score_network_trains_through_its_wrapper():
     """The network inside NoiseScore is what is trained and saved."""
     model, sample_batch = build("mlp")
     before = [p.detach().clone() for p in model.parameters()]
 
     def loss(model, batch, *, generator):
-        return score_matching_loss(NoiseScore(model, PATH), PATH, batch, generator=generator)
+        return score_matching_loss(NoiseScore(model, PATH), batch, PATH, generator=generator)
 
     losses = train(model, loss, sample_batch, steps=5)
     assert losses.isfinite().all()
@@ -640,13 +981,13 @@ def test_a_score_network_trains_through_its_wrapper():
 
 def test_evaluations_belong_to_their_weights(weights_folder):
     save_weights(MLP(), "net", {"config": {}})
-    helpers.save_evaluation("table", ["net"], {"n": 5, "rows": [1.5, 2.5]})
-    content = helpers.load_evaluation("table")
+    helpers.save_record("table", ["net"], {"n": 5, "rows": [1.5, 2.5]})
+    content = helpers.load_record("table")
     assert content["n"] == 5
     assert content["rows"] == [1.5, 2.5]
     assert list(content["weights"]) == ["net"]
     save_weights(MLP(), "net", {"config": {"other": 1}})
     with pytest.raises(ValueError, match="made with other weights of net; make it with"):
-        helpers.load_evaluation("table")
+        helpers.load_record("table")
     with pytest.raises(FileNotFoundError, match=r"missing\.json does not exist.*evaluate\.py"):
-        helpers.load_evaluation("missing")
+        helpers.load_record("missing")
