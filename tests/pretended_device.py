@@ -68,6 +68,11 @@ class PretendedDevice(TorchFunctionMode):
             ]
         else:
             self.replaced += [(torch.backends.mps, "is_available", lambda: True)]
+        module = torch.get_device_module(kind)
+        self.replaced += [  # of another size than the CPU's
+            (module, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)),
+            (module, "set_rng_state", self.set_rng_state),
+        ]
         for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
             if hasattr(torch.optim.Optimizer, name):  # they ask the driver
                 self.replaced += [(torch.optim.Optimizer, name, lambda optimizer: None)]
@@ -83,6 +88,11 @@ class PretendedDevice(TorchFunctionMode):
         return super().__exit__(*error)
 
     # What PyTorch does outside of functions of tensors
+
+    @staticmethod
+    def set_rng_state(state, device=None):
+        if len(state) != 16:
+            raise RuntimeError("expected a state of the device's generator")
 
     def generator_class(self):
         class Generator(torch.Generator):
