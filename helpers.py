@@ -7,7 +7,8 @@ Contents
     4 schedules  Linear-, Cosine-, Polynomial-, FunctionScheduler, check_scheduler
     5 paths      GaussianPath: the conditional path, its targets, conversions; reschedule
     6 networks   MLP, UNet, guided_velocity, NoiseScore
-    7 training   flow_matching_loss, score_matching_loss, train, train_or_load, *_weights
+    7 training   flow_matching_loss, score_matching_loss, Muon, train, train_or_load,
+                 save_weights, load_weights, load_training_log, load_record
     8 metrics    optimal_transport_pairing, mmd2, sliced_wasserstein, frechet_distance,
                  precision_recall, residual_noise, FashionClassifier
     9 plots      plot_*(..., ax) -> ax
@@ -25,8 +26,9 @@ Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t 
 D is (2,) in the plane, (1, 28, 28) for images and () for a scalar process. Images are in
 [-1, 1]. Symbols of other texts: there sigma is sometimes our beta, and beta a rate.
 
-Environment: FLOW_DEVICE picks the device, FLOW_RETRAIN=1 trains instead of loading,
-FLOW_PROGRESS=0 hides progress bars, FLOW_FIGURES and FLOW_WEIGHTS are folders for new files.
+Environment: FLOW_DEVICE picks the device; FLOW_RETRAIN, "1" or names of networks, trains
+instead of loading; FLOW_PROGRESS=0 hides progress bars; FLOW_OUTPUT, build/ by default, is
+where new figures, weights and records go.
 """
 
 import base64
