@@ -1,9 +1,11 @@
 """The shared module of the five notebooks: everything that two cells need.
 
 Contents
-    1 setup      pick_device, make_generator, show_source, save_figure, save_animation
-    2 solvers    time_grid, euler_maruyama, heun, sde_drift, log_likelihood, ou_moments
-    3 data       GaussianMixture, silhouette, load_fashion_mnist, to_model_range, to_image_range
+    1 setup      pick_device, make_generator, show_source, claim
+    2 solvers    check_like, time_grid, sampling_grid, euler_maruyama, heun, adams_bashforth2,
+                 sde_drift, divergence, log_likelihood, ou_moments
+    3 data       GaussianMixture, empirical_velocity, silhouette, lettering,
+                 load_fashion_mnist, to_model_range, to_image_range
     4 schedules  Linear-, Cosine-, Polynomial-, FunctionScheduler, check_scheduler
     5 paths      GaussianPath: the conditional path, its targets, conversions; reschedule
     6 networks   MLP, UNet, guided_velocity, NoiseScore
@@ -39,6 +41,7 @@ import hashlib
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import platform
@@ -74,9 +77,9 @@ def pick_device():
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     wanted = os.environ.get("FLOW_DEVICE") or available[0]
-    if wanted.split(":")[0] not in available:
+    if wanted not in available:
         raise ValueError(
             f"FLOW_DEVICE={wanted!r}, but this machine has only {available}; "
             "unset FLOW_DEVICE or choose one of these"
@@ -89,12 +92,30 @@ def make_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+# The lines as they were imported: show_source stays right when the file is edited afterwards.
+linecache.cache[__file__] = (0, None, linecache.getlines(__file__), __file__)
+
+
 def show_source(*objects):
     """Display the source of imported functions or classes, as Markdown."""
     from IPython.display import Markdown, display
 
     sources = [textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects]
     display(Markdown("```python\n" + "\n\n\n".join(sources) + "\n```"))
+
+
+def claim(text, check):
+    """Print the text with a tick, or with a cross and "not with these values". Never raises.
+
+    check: a bool, a tensor of one bool, or a function of no arguments that returns one. An
+    exception in it, or anything that is not a bool, is a cross too.
+    """
+    try:
+        value = check() if callable(check) else check
+        holds = getattr(value, "item", lambda: value)() is True
+    except Exception:
+        holds = False
+    print(f"✓ {text}" if holds else f"✗ {text}: not with these values")
 
 
 def save_figure(fig, name, caption):
@@ -190,10 +211,39 @@ def time_grid(steps, start=0.0, end=1.0):
     return torch.linspace(start, end, steps + 1)
 
 
+def sampling_grid(n):
+    """The grid 1 - (1 - s)^1.5 that images are sampled on, (n + 1,): finer towards the data."""
+    return 1 - (1 - time_grid(n)) ** 1.5
+
+
+def check_like(value, target, what):
+    """Return value, what the function or network named `what` gave, if it is shaped as target.
+
+    Raises ValueError for any other shape, which would broadcast, and for no tensor at all.
+    """
+    shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+    if shape != tuple(target.shape):
+        raise ValueError(f"{what} must return shape {tuple(target.shape)}, got {shape}")
+    return value
+
+
+def _check_floats(x, name):
+    """Half precision would lose the increments, and integers the times."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {x.dtype}; use {name}.float(), for images "
+            "to_model_range, and half precision only inside a network, by autocast"
+        )
+
+
+def _rows(x):
+    """x (B, *D) as (B, D), also for B = 0 and for scalars (B,)."""
+    return x.reshape(len(x), x.shape[1:].numel())
+
+
 def _check_simulation(x0, ts, decreasing_too=False):
     """Check x0 and the grid; return x0 detached and ts in its dtype and on its device."""
-    if not x0.is_floating_point():
-        raise ValueError(f"x0 must be floating point, got {x0.dtype}; use x0.float()")
+    _check_floats(x0, "x0")
     if x0.ndim == 0:
         raise ValueError("x0 must have a batch axis, got a scalar; use x0[None]")
     if not torch.isfinite(x0).all():
@@ -208,37 +258,34 @@ def _check_simulation(x0, ts, decreasing_too=False):
     return x0.detach(), ts
 
 
-def _evaluate(field, x, t):
-    """field(x, t) in the dtype of x, refusing a result that would broadcast."""
-    value = torch.as_tensor(field(x, t)).to(x.dtype)
-    if value.shape != x.shape:
+def _march(step, x, ts, trajectory):
+    """Apply x = step(x, t, t_next, h) along ts; return the last x, or all, (N+1, B, *D)."""
+    xs = x.new_empty(len(ts), *x.shape) if trajectory else None  # a list fragments the heap
+    if trajectory:
+        xs[0] = x
+    times = ts[:, None].expand(len(ts), len(x))
+    for n, h in enumerate(ts.diff().tolist()):
+        x = step(x, times[n], times[n + 1], h)
+        if trajectory:
+            xs[n + 1] = x
+    return xs if trajectory else x
+
+
+def _number_or_function(diffusion):
+    """diffusion as a float or a function; a tensor of several numbers is refused."""
+    if callable(diffusion):
+        return diffusion
+    try:
+        return float(diffusion)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"drift or velocity must return shape {tuple(x.shape)}, got {tuple(value.shape)}"
-        )
-    return value
-
-
-def _room_for_path(x, ts):
-    """Memory for X at all of ts, (N+1, B, *D), with x at ts[0]; a list would fragment the heap."""
-    xs = x.new_empty(len(ts), *x.shape)
-    xs[0] = x
-    return xs
+            f"diffusion must be a number or a function t (B,) -> (B,), got {diffusion!r}"
+        ) from error
 
 
 def _diffusion_at(diffusion, x, t):
-    """sigma(t) of a function, shaped to broadcast over x; refuses a result that is not (B,)."""
-    sigma = torch.as_tensor(diffusion(t))
-    if sigma.shape != t.shape:
-        raise ValueError(f"diffusion must return shape {tuple(t.shape)}, got {tuple(sigma.shape)}")
-    return expand_like(sigma, x)
-
-
-def _add_noise(x, diffusion, t, h, generator):
-    """Add sqrt(h) sigma(t) eps to x in place (the noise term of eq. 2)."""
-    noise = _randn_like(x, generator)
-    if not callable(diffusion):
-        return x.add_(noise, alpha=math.sqrt(h) * float(diffusion))
-    return x.addcmul_(noise, _diffusion_at(diffusion, x, t), value=math.sqrt(h))
+    """sigma(t) of a function, shaped to broadcast over x."""
+    return expand_like(check_like(diffusion(t), t, "diffusion"), x)
 
 
 def check_like(value, target, what):
@@ -251,48 +298,72 @@ def check_like(value, target, what):
 
 
 @torch.no_grad()
-def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, path=False):
+def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False):
     """Simulate dX = u(X, t) dt + sigma(t) dW on the grid ts (assignment, eq. 2).
 
-    x0: (B, *D). ts: (N+1,), increasing. drift: (x, t) -> like x, with t (B,).
+    x0: (B, *D), float32 or float64. ts: (N+1,), increasing. drift: (x, t) -> like x, t (B,).
     diffusion: a number, or t (B,) -> (B,); the number 0 gives Euler's method.
-    Returns X at ts[-1], (B, *D); with path=True all of X, (N+1, B, *D).
+    Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
     Strong order 1/2; order 1 here, where the noise is additive (sigma depends on t only).
-    Raises ValueError if ts does not increase, x0 is not finite floating point, or a shape
+    Raises ValueError if ts does not increase, x0 is not finite or of another type, or a shape
     returned by drift or diffusion is wrong.
     """
-    x, ts = _check_simulation(x0, ts)
-    xs = _room_for_path(x, ts) if path else None
-    for step, (t_cur, h) in enumerate(zip(ts, ts.diff().tolist(), strict=False), start=1):
-        t = t_cur.expand(len(x))
-        x = torch.add(x, _evaluate(drift, x, t), alpha=h)
-        if callable(diffusion) or diffusion != 0:
-            _add_noise(x, diffusion, t, h, generator)
-        if path:
-            xs[step] = x
-    return xs if path else x
+    x0, ts = _check_simulation(x0, ts)
+    sigma = _number_or_function(diffusion)
+
+    def step(x, t, t_next, h):
+        x_next = torch.add(x, check_like(drift(x, t), x, "drift").to(x.dtype), alpha=h)
+        if callable(sigma):
+            noise = _randn_like(x, generator)
+            return x_next.addcmul_(noise, _diffusion_at(sigma, x, t), value=math.sqrt(h))
+        if sigma != 0:
+            x_next.add_(_randn_like(x, generator), alpha=math.sqrt(h) * sigma)
+        return x_next
+
+    return _march(step, x0, ts, trajectory)
 
 
 @torch.no_grad()
-def heun(velocity, x0, ts, *, path=False):
+def heun(velocity, x0, ts, *, trajectory=False):
     """Solve dX/dt = u(X, t) by Heun's method, the explicit trapezoidal rule: order 2.
 
-    x0: (B, *D). ts: (N+1,), strictly increasing or strictly decreasing (backwards in time).
+    x0: (B, *D), float32 or float64. ts: (N+1,), strictly increasing or strictly decreasing.
     velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too.
-    Returns X at ts[-1], (B, *D); with path=True all of X, (N+1, B, *D).
+    Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
     Raises ValueError as euler_maruyama does.
     """
-    x, ts = _check_simulation(x0, ts, decreasing_too=True)
-    xs = _room_for_path(x, ts) if path else None
-    times = zip(ts, ts[1:], ts.diff().tolist(), strict=False)
-    for step, (t_cur, t_next, h) in enumerate(times, start=1):
-        slope = _evaluate(velocity, x, t_cur.expand(len(x)))
+    x0, ts = _check_simulation(x0, ts, decreasing_too=True)
+
+    def step(x, t, t_next, h):
+        slope = check_like(velocity(x, t), x, "velocity").to(x.dtype)
         guess = torch.add(x, slope, alpha=h)
-        slope_next = _evaluate(velocity, guess, t_next.expand(len(x)))
-        x = torch.add(x, slope + slope_next, alpha=h / 2)
-        if path:
-            xs[step] = x
-    return xs if path else x
+        slope_next = check_like(velocity(guess, t_next), x, "velocity").to(x.dtype)
+        return torch.add(x, slope + slope_next, alpha=h / 2)
+
+    return _march(step, x0, ts, trajectory)
+
+
+@torch.no_grad()
+def adams_bashforth2(velocity, x0, ts, *, trajectory=False):
+    """Solve dX/dt = u(X, t) by the two-step Adams-Bashforth method: order 2.
+
+    x + h (u + (u - u_before) h / (2 h_before)), after a first step of Euler's method (Hairer,
+    Norsett & Wanner 1993, section III.5). Arguments, result and errors as for heun, but the
+    velocity is evaluated once a step, and not at ts[-1].
+    """
+    x0, ts = _check_simulation(x0, ts, decreasing_too=True)
+    before = None  # the slope and the length of the step before
+
+    def step(x, t, t_next, h):
+        nonlocal before
+        slope = check_like(velocity(x, t), x, "velocity").to(x.dtype).clone()
+        x_next = torch.add(x, slope, alpha=h)
+        if before is not None:
+            x_next.add_(slope - before[0], alpha=h * h / (2 * before[1]))
+        before = slope, h
+        return x_next
+
+    return _march(step, x0, ts, trajectory)
 
 
 def divergence(velocity, x, t, probes=None):
@@ -300,18 +371,38 @@ def divergence(velocity, x, t, probes=None):
 
     Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of
     mean 0 and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
-    Hutchinson's unbiased estimate, at the cost of K gradients.
+    Hutchinson's unbiased estimate, at the cost of K gradients. Also under torch.inference_mode.
+    Raises ValueError for wrong shapes and for a field that autograd cannot see through.
     """
-    exact = probes is None
-    if exact:
-        probes = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
-        probes = probes.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        u = velocity(x, t)
-        terms = [(torch.autograd.grad(u, x, v, retain_graph=True)[0] * v) for v in probes]
-    terms = torch.stack([term.reshape(len(x), -1).sum(dim=1) for term in terms])
-    return terms.sum(dim=0) if exact else terms.mean(dim=0)
+    return _with_divergence(velocity, x, t, probes)[1]
+
+
+def _with_divergence(velocity, x, t, probes):
+    """The field and its divergence at x, each term added as it comes; one evaluation."""
+    _check_floats(x, "x")
+    count = 1 if probes is None else len(probes)
+    if probes is None:
+        size = x.shape[1:].numel()
+        probes = torch.eye(size, dtype=x.dtype, device=x.device)
+        probes = probes.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
+    elif probes.shape[1:] != x.shape or not count:
+        raise ValueError(f"probes must be (K, *{tuple(x.shape)}), got {tuple(probes.shape)}")
+    with torch.inference_mode(False), torch.enable_grad():
+        x, t = x.detach().clone().requires_grad_(), t.clone()
+        u = check_like(velocity(x, t), x, "velocity").to(x.dtype)
+        total = x.new_zeros(len(x))
+        for v in probes:
+            options = {"retain_graph": True, "allow_unused": True}
+            slope = torch.autograd.grad(u, x, v, **options)[0] if u.requires_grad else None
+            if slope is None:  # no dependence on x, or one that no_grad or detach hides
+                if not torch.equal(velocity(x + 1, t).to(x.dtype), u):
+                    raise ValueError(
+                        "velocity depends on x, but not by operations that autograd follows; "
+                        "take no_grad, detach or numpy out of it"
+                    )
+                break
+            total += _rows(slope * v).sum(dim=1)
+    return u.detach(), total / count
 
 
 def log_likelihood(velocity, x, ts, *, probes=None):
@@ -321,14 +412,13 @@ def log_likelihood(velocity, x, ts, *, probes=None):
     Heun's method backwards (Chen et al. 2018, eq. 8). x (B, *D); ts increasing, (N+1,);
     probes: as for divergence, the same at all times (Grathwohl et al. 2019).
     """
+    x, ts = _check_simulation(x, ts)  # increasing: the way back is taken here
 
     def augmented(state, t):
-        x = state[:, :-1].reshape(shape)
-        change = divergence(velocity, x, t, probes)
-        return torch.cat([velocity(x, t).reshape(len(x), -1), change[:, None]], dim=1)
+        u, change = _with_divergence(velocity, state[:, :-1].reshape(x.shape), t, probes)
+        return torch.cat([_rows(u), change[:, None]], dim=1)
 
-    shape = x.shape
-    start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], dim=1)
+    start = torch.cat([_rows(x), x.new_zeros(len(x), 1)], dim=1)
     end = heun(augmented, start, ts.flip(0))
     z, change = end[:, :-1], end[:, -1]  # change: the integral from 1 to 0
     return change - (z.square() + math.log(2 * math.pi)).sum(dim=1) / 2
@@ -340,14 +430,14 @@ def sde_drift(velocity, score, diffusion):
     velocity, score: (x, t) -> like x. diffusion: a number, or t (B,) -> (B,).
     With the number 0 the velocity is returned and the score never evaluated.
     """
-    if not callable(diffusion):
-        if diffusion == 0:
-            return velocity
-        half = diffusion**2 / 2
-        return lambda x, t: velocity(x, t) + half * score(x, t)
+    sigma = _number_or_function(diffusion)
+    if sigma == 0:
+        return velocity
 
     def drift(x, t):
-        return velocity(x, t) + _diffusion_at(diffusion, x, t) ** 2 / 2 * score(x, t)
+        half = (_diffusion_at(sigma, x, t) if callable(sigma) else sigma) ** 2 / 2
+        u = check_like(velocity(x, t), x, "velocity")
+        return u + half * check_like(score(x, t), x, "score")
 
     return drift
 
@@ -411,10 +501,11 @@ class GaussianMixture:
         self.means = torch.as_tensor(means)
         if not self.means.is_floating_point():
             self.means = self.means.float()
-        device = self.means.device
-        self.stds = torch.as_tensor(stds, dtype=self.means.dtype, device=device)
+        _check_floats(self.means, "means")
+        like = {"dtype": self.means.dtype, "device": self.means.device}
+        self.stds = torch.as_tensor(stds, **like)
         weights = torch.ones_like(self.stds) if weights is None else weights
-        weights = torch.as_tensor(weights, device=device)
+        weights = torch.as_tensor(weights, **like)
         if self.means.ndim != 2 or not self.stds.shape == weights.shape == self.means.shape[:1]:
             raise ValueError(
                 "means must be (K, D), stds and weights (K,); got "
@@ -427,12 +518,13 @@ class GaussianMixture:
     def sample(self, n, *, generator=None):
         """Draw n points, (n, D)."""
         weights = self.weights if generator is None else self.weights.to(generator.device)
-        index = torch.multinomial(weights, n, replacement=True, generator=generator)
-        index = index.to(self.means.device)
+        index = torch.multinomial(weights, max(n, 1), replacement=True, generator=generator)
+        index = index[:n].to(self.means.device)
         means = self.means[index]
         return means + self.stds[index, None] * _randn_like(means, generator)
 
     def _check_points(self, x):
+        _check_floats(x, "x")
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
             raise ValueError(f"x must be (B, {self.means.shape[1]}), got {tuple(x.shape)}")
 
@@ -453,9 +545,13 @@ class GaussianMixture:
         return (posterior * (self.means - x[:, None, :]) / self.stds[:, None] ** 2).sum(dim=1)
 
     def at_time(self, scheduler, t):
-        """The exact marginal p_t of x_t = alpha z + beta eps; t a number in [0, 1]."""
-        t = torch.as_tensor(t, dtype=self.means.dtype)
+        """The exact marginal p_t of x_t = alpha z + beta eps; t one number in [0, 1]."""
+        t = torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device)
+        if t.ndim:
+            raise ValueError(f"t must be one number, got shape {tuple(t.shape)}")
         alpha, beta = scheduler.alpha(t), scheduler.beta(t)
+        if t.device.type == "cpu" and not (t >= 0 and alpha >= 0 and beta >= 0):
+            raise ValueError(f"t must lie in [0, 1], got {t.item():g}")
         return GaussianMixture(
             alpha * self.means, torch.sqrt(alpha**2 * self.stds**2 + beta**2), self.weights
         )
@@ -464,7 +560,7 @@ class GaussianMixture:
         """For each x and k: P(k | x_t = x) (B, K, 1), and mean (B, K, D) and variance (B, K)
         per dimension of alpha_dot z + beta_dot eps given x_t = x and the component k."""
         self._check_points(x)
-        t = expand_like(t, x)
+        t = expand_like(t, x).to(x.dtype)
         alpha, beta = scheduler.alpha(t), scheduler.beta(t)
         alpha_dot, beta_dot = scheduler.alpha_dot(t), scheduler.beta_dot(t)
         variance = alpha**2 * self.stds**2 + beta**2  # (B, K)
@@ -498,61 +594,60 @@ class GaussianMixture:
         return between + x.shape[1] * (posterior[:, :, 0] * spread).sum(dim=1)
 
 
-def _ellipse(cx, cy, rx, ry, turn=0.0, n=60):
-    """Vertices (n, 2) of an ellipse about (cx, cy), turned by `turn` degrees."""
-    angle = torch.arange(n) * (2 * math.pi / n)
-    x, y = rx * torch.cos(angle), ry * torch.sin(angle)
-    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-    return torch.stack([cx + c * x - s * y, cy + s * x + c * y], dim=1).tolist()
+def empirical_velocity(data, x, t, scheduler):
+    """The exact marginal velocity u_t(x), like x, where p_data is the given data themselves.
+
+    It is u_t(x | z) at z = E[z | x_t = x], the mean of the data weighted by the softmax of
+    -|x - alpha z|^2 / (2 beta^2): what flow_matching_loss on these data is minimised by.
+    data (N, *D), points or images in the model's range; x (B, *D); t (B,), in [0, 1): where
+    beta = 0 the weights are 0/0, and the result is NaN. Raises ValueError for wrong shapes.
+    """
+    if not len(data) or data.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"data must be (N, *D) and x (B, *D), got {tuple(data.shape)} and {tuple(x.shape)}"
+        )
+    _check_floats(data, "data")
+    path = GaussianPath(scheduler)
+    z, points = _rows(data).to(x.dtype), _rows(x)
+    alpha, beta, _, _ = path._coefficients(points, points, t)
+    half_squares, means = z.square().sum(dim=1) / 2, []
+    rows = max(1, 2**22 // len(z))  # 16 MB of weights at a time
+    for p, a, b in zip(*(v.split(rows) for v in (points, alpha, beta)), strict=True):
+        weights = ((a * p) @ z.T - a**2 * half_squares).div_(b**2).softmax(dim=1)
+        means.append(weights @ z)
+    return path.conditional_velocity(x, torch.cat(means).reshape(x.shape), t)
 
 
-# Each drawing: the parts that are filled, and the parts that are cut out of them.
-_DRAWINGS = {
-    "cat": (
-        [
-            _ellipse(0, -0.15, 1.05, 0.85),
-            [(-1.0, 0.1), (-0.95, 1.25), (-0.15, 0.65)],
-            [(1.0, 0.1), (0.95, 1.25), (0.15, 0.65)],
-        ],
-        [
-            _ellipse(-0.42, 0.0, 0.2, 0.13, -15),
-            _ellipse(0.42, 0.0, 0.2, 0.13, 15),
-            [(-0.14, -0.3), (0.14, -0.3), (0.0, -0.46)],
-            [(-1.1, -0.28), (-0.35, -0.38), (-0.35, -0.43), (-1.1, -0.35)],
-            [(1.1, -0.28), (0.35, -0.38), (0.35, -0.43), (1.1, -0.35)],
-            [(-1.05, -0.6), (-0.35, -0.5), (-0.35, -0.55), (-1.02, -0.67)],
-            [(1.05, -0.6), (0.35, -0.5), (0.35, -0.55), (1.02, -0.67)],
-        ],
-    ),
-    "dog": (
-        [
-            _ellipse(0, 0.2, 0.72, 0.85),
-            _ellipse(0, -0.5, 0.5, 0.55),
-            _ellipse(-0.92, 0.15, 0.28, 0.75, -14),
-            _ellipse(0.92, 0.15, 0.28, 0.75, 14),
-        ],
-        [
-            _ellipse(-0.3, 0.3, 0.11, 0.14),
-            _ellipse(0.3, 0.3, 0.11, 0.14),
-            _ellipse(0, -0.3, 0.2, 0.13),
-            [(-0.03, -0.4), (0.03, -0.4), (0.03, -0.68), (-0.03, -0.68)],
-            [(-0.28, -0.6), (0.0, -0.74), (0.28, -0.6), (0.28, -0.66), (0.0, -0.8), (-0.28, -0.66)],
-        ],
-    ),
-}
+@functools.cache
+def _drawings():
+    """data/silhouettes.json: of each drawing the polygons filled, and those cut out of them."""
+    drawings = json.loads((DATA / "silhouettes.json").read_text())
+    return {
+        name: {kind: [Polygon(part) for part in parts] for kind, parts in drawing.items()}
+        for name, drawing in drawings.items()
+    }
 
 
 def inside_silhouette(name, x):
     """Whether points x (N, 2) lie in a drawing, "cat" or "dog": bool (N,)."""
-    if name not in _DRAWINGS:
-        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_DRAWINGS)}")
-    filled, cut = ([Polygon(part) for part in parts] for parts in _DRAWINGS[name])
-    inside, points = torch.zeros(len(x), dtype=torch.bool), x.detach().cpu()
-    for part in filled:
-        inside |= torch.from_numpy(part.contains_points(points))
-    for part in cut:
-        inside &= ~torch.from_numpy(part.contains_points(points))
-    return inside.to(x.device)
+    if name not in _drawings():
+        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_drawings())}")
+    points = x.detach().cpu()
+    filled, cut = (
+        sum(torch.from_numpy(part.contains_points(points)) for part in _drawings()[name][kind])
+        for kind in ("filled", "cut")
+    )
+    return ((filled > 0) & (cut == 0)).to(x.device)
+
+
+def _sample_inside(inside, n, generator):
+    """Draw n points, (n, 2), uniformly from where inside(points) holds in [-1.3, 1.3]^2."""
+    device = "cpu" if generator is None else generator.device
+    found = torch.empty(0, 2, device=device)
+    while len(found) < n:
+        points = 2.6 * torch.rand(4 * n + 64, 2, generator=generator, device=device) - 1.3
+        found = torch.cat([found, points[inside(points)]])
+    return found[:n]
 
 
 def silhouette(name, n, *, generator=None):
@@ -560,11 +655,30 @@ def silhouette(name, n, *, generator=None):
 
     Raises ValueError for another name.
     """
-    found = torch.empty(0, 2)
-    while len(found) < n:
-        points = 2.6 * torch.rand(4 * n + 64, 2, generator=generator) - 1.3
-        found = torch.cat([found, points[inside_silhouette(name, points)]])
-    return found[:n]
+    return _sample_inside(functools.partial(inside_silhouette, name), n, generator)
+
+
+def lettering(text, n, *, generator=None):
+    """Draw n points, (n, 2), uniformly from a word in bold letters, as wide as [-1.3, 1.3].
+
+    The letters are matplotlib's TextPath, centred, their holes left out by the even-odd rule;
+    one that would be higher than wide is as high as that. Raises ValueError for a blank text.
+    """
+    from matplotlib.textpath import TextPath
+
+    outlines = TextPath((0, 0), text, prop={"family": "DejaVu Sans", "weight": "bold"})
+    polygons = outlines.to_polygons()
+    if not polygons:
+        raise ValueError(f"text must have letters to draw, got {text!r}")
+    (low, high) = outlines.get_extents().get_points()
+    centre, scale = torch.tensor((low + high) / 2), (high - low).max() / 2.6
+
+    def inside(points):
+        points = points.cpu() * scale + centre
+        crossings = sum(torch.from_numpy(Polygon(p).contains_points(points)) for p in polygons)
+        return (crossings % 2 == 1).to(generator.device if generator else "cpu")
+
+    return _sample_inside(inside, n, generator)
 
 
 FASHION_CLASSES = (
@@ -582,11 +696,9 @@ FASHION_SHA256 = {
 
 
 def _unpack(name):
-    """Unpack data/<name>.gz to data/FashionMNIST/raw/<name> once, atomically and verified."""
-    packed, raw = DATA / f"{name}.gz", DATA / "FashionMNIST" / "raw" / name
+    """The content of data/<name>.gz, verified."""
+    packed = DATA / f"{name}.gz"
     remedy = f"restore it with `git checkout -- {packed.relative_to(ROOT)}`"
-    if raw.exists() and _sha256(raw.read_bytes()) == FASHION_SHA256[name]:
-        return
     if not packed.exists():
         raise FileNotFoundError(f"{packed} is missing; {remedy}")
     try:
@@ -595,8 +707,7 @@ def _unpack(name):
         raise ValueError(f"{packed} is truncated or not gzip ({error}); {remedy}") from error
     if _sha256(content) != FASHION_SHA256[name]:
         raise ValueError(f"{packed} differs from the published file; {remedy}")
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(raw, content)
+    return content
 
 
 def _sha256(content):
@@ -607,7 +718,7 @@ def load_fashion_mnist(split="train"):
     """Load Fashion-MNIST from the IDX files committed under data/.
 
     Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train" and
-    10 000 for "test". The files are verified by SHA-256 and unpacked once.
+    10 000 for "test". The files are verified by SHA-256; the clone may be read-only.
     Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the split
     is unknown.
     """
@@ -615,19 +726,32 @@ def load_fashion_mnist(split="train"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     from torchvision.datasets import FashionMNIST  # slow import, needed for images only
 
-    for name in FASHION_SHA256:  # torchvision looks for all four
-        _unpack(name)
-    dataset = FashionMNIST(DATA, train=split == "train")
+    prefix = "train" if split == "train" else "t10k"
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in FASHION_SHA256:  # torchvision looks for all four, and reads two
+            (raw / name).write_bytes(_unpack(name) if name.startswith(prefix) else b"")
+        dataset = FashionMNIST(folder, train=split == "train")
     return dataset.data.unsqueeze(1), dataset.targets
 
 
 def to_model_range(images):
-    """Map grey levels 0 .. 255 to float32 in [-1, 1], the range of all image models."""
+    """Map grey levels 0 .. 255, integers, to float32 in [-1, 1], the range of image models."""
+    seen = images.dtype != torch.uint8 and images.device.type == "cpu"  # no GPU synchronisation
+    outside = seen and ((images < 0) | (images > 255)).any()
+    if outside or images.is_floating_point() or images.dtype == torch.bool:
+        raise ValueError(
+            f"images must be integers, and 0 .. 255, got {images.dtype}; "
+            "floats x in [0, 1] need 2 * x - 1"
+        )
     return images.float() / 127.5 - 1
 
 
 def to_image_range(x):
-    """Map model values to grey levels in [0, 1] for display, clipping what lies outside."""
+    """Map model values, floats, to grey levels in [0, 1] for display, clipping what is outside."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floats in [-1, 1], got {x.dtype}; images need to_model_range")
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
@@ -777,8 +901,7 @@ class GaussianPath:
         """alpha, beta, alpha_dot, beta_dot, each shaped to broadcast over x."""
         if x.shape != other.shape:
             raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
-        if not x.is_floating_point():  # t would be rounded to 0
-            raise ValueError(f"need floating point, got {x.dtype}; images need to_model_range")
+        _check_floats(x, "x")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():  # no GPU synchronisation
             raise ValueError("t must lie in [0, 1]")
         t, s = expand_like(t, x).to(x.dtype), self.scheduler
@@ -842,7 +965,8 @@ def reschedule(velocity, scheduler):
         stretch = (alpha_dot * beta - alpha * beta_dot) / scale  # c s_dot
         linear_x = x / expand_like(scale, x)
         growth = expand_like(alpha_dot + beta_dot, x) * linear_x
-        return growth + expand_like(stretch, x) * velocity(linear_x, alpha / scale)
+        u = check_like(velocity(linear_x, alpha / scale), x, "velocity")
+        return growth + expand_like(stretch, x) * u
 
     return rescheduled
 
@@ -856,12 +980,16 @@ class MLP(nn.Module):
     """Multilayer perceptron on (x, t): x (B, dim), t (B,) -> (B, dim).
 
     `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3.
+    octaves: sines and cosines of x at pi, 2 pi, 4 pi, ..., so many frequencies, are inputs too.
+    time_input: a function (B,) -> (B,), whose value is the input in place of t.
     """
 
-    def __init__(self, dim=2, hidden=64, layers=4):
+    def __init__(self, dim=2, hidden=64, layers=4, octaves=0, time_input=None):
         super().__init__()
-        self.dim = dim
-        blocks, width = [], dim + 1
+        self.dim, self.time_input = dim, time_input
+        frequencies = math.pi * 2.0 ** torch.arange(octaves)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        blocks, width = [], dim * (1 + 2 * octaves) + 1
         for _ in range(layers):
             blocks += [nn.Linear(width, hidden), nn.SiLU()]
             width = hidden
@@ -870,7 +998,10 @@ class MLP(nn.Module):
     def forward(self, x, t):
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x must be (B, {self.dim}), got {tuple(x.shape)}")
-        return self.net(torch.cat([x, expand_like(t, x)], dim=1))
+        if self.time_input is not None:
+            t = check_like(self.time_input(t), t, "time_input")
+        angles = (x[:, :, None] * self.frequencies).flatten(1)  # (B, dim octaves)
+        return self.net(torch.cat([x, expand_like(t, x), angles.sin(), angles.cos()], dim=1))
 
 
 class ResidualLayer(nn.Module):
@@ -1003,14 +1134,18 @@ class UNet(nn.Module):
 def guided_velocity(model, labels, guidance):
     """Classifier-free guidance u(x) + w (u(x | y) - u(x)) as a velocity (Ho & Salimans 2022).
 
-    model: (x, t, labels), where labels=None means none; labels y (B,); guidance w, a number:
+    model: a UNet, (x, t, labels); labels y (B,); guidance w, a number or one a sample, (B,):
     1 is the conditional velocity. Two evaluations, in one batch.
     """
 
     def velocity(x, t):
         both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
-        with_label, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance * (with_label - without)
+        twice = torch.cat([x, x])
+        u = check_like(model(twice, torch.cat([t, t]), both), twice, "model")
+        with_label, without = u.chunk(2)
+        scale = torch.as_tensor(guidance, dtype=x.dtype, device=x.device)
+        scale = expand_like(scale, x) if scale.ndim else scale
+        return without + scale * (with_label - without)
 
     return velocity
 
@@ -1026,7 +1161,8 @@ class NoiseScore(nn.Module):
         self.net, self.path = net, path
 
     def forward(self, x, t):
-        return -self.net(x, t) / self.path.scheduler.beta(expand_like(t, x))
+        beta = self.path.scheduler.beta(expand_like(t, x).to(x.dtype))
+        return -check_like(self.net(x, t), x, "net") / beta
 
 
 # ---------------------------------------------------------------------------------------
@@ -1640,13 +1776,16 @@ def describe_machine(device):
 
 
 def _check_samples(x, y):
-    """x and y on the CPU, where every metric is computed: float64 is missing on MPS."""
+    """x and y less the mean of x, in float64 on the CPU (MPS has none): no metric changes by the
+    shift, and none cancels."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
             "need two samples (N, F) and (M, F) with N, M >= 2, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
         )
-    return x.cpu(), y.cpu()
+    x, y = (samples.detach().cpu().double() for samples in (x, y))
+    mean = x.mean(dim=0)
+    return x - mean, y - mean
 
 
 def optimal_transport_pairing(x, y):
@@ -1659,7 +1798,7 @@ def optimal_transport_pairing(x, y):
 
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
-    a, b = (samples.flatten(1).cpu().double() for samples in (x, y))
+    a, b = (_rows(samples.detach()).cpu().double() for samples in (x, y))
     cost = torch.cdist(a, b) ** 2
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], device=y.device)
 
@@ -1674,7 +1813,7 @@ def mmd2(x, y, bandwidth):
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}")
     xx, yy, xy = (
-        torch.exp(-(torch.cdist(a.double(), b.double()) ** 2) / (2 * bandwidth**2))
+        torch.exp(-(torch.cdist(a, b) ** 2) / (2 * bandwidth**2))
         for a, b in ((x, x), (y, y), (x, y))
     )
     n, m = len(x), len(y)
@@ -1688,10 +1827,12 @@ def sliced_wasserstein(x, y, *, projections=256, generator=None):
     x, y: (N, F). The root of the mean, over random directions, of the squared distance of
     the sorted projections. Returns a number, in the units of x.
     """
+    precision = torch.promote_types(x.dtype, torch.float32)  # of the directions drawn
     x, y = _check_samples(x, y)
     if len(x) != len(y):
         raise ValueError(f"samples must have equal size, got {len(x)} and {len(y)}")
-    directions = _randn_like(x.new_empty(x.shape[1], projections), generator)
+    directions = x.new_empty(x.shape[1], projections, dtype=precision)
+    directions = _randn_like(directions, generator).double()
     directions = directions / directions.norm(dim=0)
     difference = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
     return difference.square().mean().sqrt().item()
@@ -1703,14 +1844,14 @@ def frechet_distance(features_x, features_y):
     |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
     Biased upwards by O(1/N): compare at equal N, beside the value for two real samples.
     """
-    x, y = (features.double() for features in _check_samples(features_x, features_y))
+    x, y = _check_samples(features_x, features_y)
     cov_x, cov_y = (torch.atleast_2d(torch.cov(f.T)) for f in (x, y))
     values, vectors = torch.linalg.eigh(cov_x)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # tr (S_x S_y)^(1/2) from the symmetric matrix S_x^(1/2) S_y S_x^(1/2), same eigenvalues
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
     mean = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
-    return (mean + values.sum() + cov_y.trace() - 2 * cross).item()
+    return (mean + values.sum() + cov_y.trace() - 2 * cross).clamp(min=0).item()
 
 
 def precision_recall(real, generated, k=3):
@@ -1719,8 +1860,11 @@ def precision_recall(real, generated, k=3):
     Precision: the share of generated points that lie within the distance of a real point to its
     k-th nearest real neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al.
     2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
+    Raises ValueError unless 1 <= k < N and M.
     """
     real, generated = _check_samples(real, generated)
+    if not 1 <= k < min(len(real), len(generated)):
+        raise ValueError(f"need 1 <= k < N and M, got {k}, {len(real)} and {len(generated)}")
 
     def covered(points, centres):
         radius = [torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)]
@@ -1739,6 +1883,7 @@ def residual_noise(x):
     """
     if x.ndim != 4:
         raise ValueError(f"x must be images (N, C, H, W), got {tuple(x.shape)}")
+    _check_floats(x, "x")
     ends = [0, 1, -2, -1]
     return (x[:, :, ends][..., ends] + 1).abs().median().item()
 
@@ -1768,6 +1913,7 @@ class FashionClassifier(nn.Module):
     def features(self, x):
         if x.ndim != 4 or x.shape[1:] != (1, 28, 28):
             raise ValueError(f"x must be (N, 1, 28, 28), got {tuple(x.shape)}")
+        _check_floats(x, "x")
         return self.embed(self.body(x.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, x):

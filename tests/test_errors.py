@@ -49,7 +49,7 @@ def simulate(drift=still, diffusion=1.0, x0=X, ts=TS):
 
 
 BOTH_SOLVERS = {
-    "x0 must be floating point, got torch.int64; use": {"x0": torch.tensor([1, 2])},
+    "x0 must be float32 or float64, got torch.int64; use x0.float": {"x0": torch.tensor([1, 2])},
     "x0 must have a batch axis": {"x0": torch.tensor(1.0)},
     "x0 has entries that are not finite": {"x0": torch.tensor([0.0, NAN])},
     "x0 has entries that are not": {"x0": torch.tensor([INF])},
@@ -64,7 +64,12 @@ BOTH_SOLVERS = {
     "strictly increasing": {"ts": torch.tensor([0.0, 1.0, 0.5])},
     r"must return shape \(3, 2\), got \(3,\)": {"drift": lambda x, t: t},
     r"must return shape \(3, 2\), got \(1, 2\)": {"drift": lambda x, t: x[:1]},
-    r"must return shape \(3, 2\), got \(\)": {"drift": lambda x, t: 0.0},
+    r"must return shape \(3, 2\), got float": {"drift": lambda x, t: 0.0},
+    r"must return shape \(3, 2\), got NoneType": {"drift": lambda x, t: None},
+    "x0 must be float32 or float64, got torch.bfloat16; use x0.float.*autocast": {
+        "x0": X.bfloat16()
+    },
+    "x0 must be float32 or float64, got torch.float16": {"x0": X.half()},
 }
 
 
@@ -84,7 +89,7 @@ ERRORS = [
     (lambda: time_grid(0), "need steps >= 1 and start != end, got 0"),
     (lambda: time_grid(5, 1.0, 1.0), "start != end, got 5, 1.0, 1.0"),
     (lambda: simulate(ts=TS.flip(0)), "ts must be strictly increasing in"),
-    (lambda: simulate(diffusion=lambda t: 0.5), r"diffusion must return shape \(3,\), got \(\)"),
+    (lambda: simulate(diffusion=lambda t: 0.5), r"diffusion must return shape \(3,\), got float"),
     (lambda: simulate(diffusion=lambda t: t[:1]), r"diffusion must return .* got \(1,\)"),
     (lambda: simulate(diffusion=lambda t: t[:, None]), r"diffusion must .* got \(3, 1\)"),
     (lambda: sde_drift(still, still, lambda t: 0.5)(X, T3), "diffusion must return shape"),
@@ -115,7 +120,7 @@ ERRORS = [
     (lambda: PATH.sample(X, T3 + 1, X), r"t must lie in \[0, 1\]"),
     (lambda: PATH.noise_to_score(X, T3 - 1), r"t must lie in \[0, 1\]"),
     (lambda: PATH.velocity_to_data(X, X, T3 * NAN), r"t must lie in \[0, 1\]"),
-    (lambda: PATH.sample(X.byte(), T3, X), "got torch.uint8; images need to_model_range"),
+    (lambda: PATH.sample(X.byte(), T3, X), "got torch.uint8; use .*for images to_model_range"),
     # networks
     (lambda: MLP()(torch.zeros(3, 3), T3), r"x must be \(B, 2\), got \(3, 3\)"),
     (lambda: MLP()(X, T2), r"t must have shape \(3,\), got \(2,\)"),

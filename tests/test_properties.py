@@ -89,10 +89,12 @@ def field(x, t):
 
 
 def em(x, ts):
-    return euler_maruyama(field, lambda t: 1 + t, x, ts, generator=make_generator(0), path=True)
+    return euler_maruyama(
+        field, lambda t: 1 + t, x, ts, generator=make_generator(0), trajectory=True
+    )
 
 
-@pytest.mark.parametrize("solve", [em, lambda x, ts: heun(field, x, ts, path=True)])
+@pytest.mark.parametrize("solve", [em, lambda x, ts: heun(field, x, ts, trajectory=True)])
 @given(arguments(), st.integers(1, 4))
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_solvers_keep_shape_type_and_input(solve, case, steps):

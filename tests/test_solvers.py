@@ -31,8 +31,8 @@ def swirl(x, t):
     return torch.sin(x) + t.reshape(-1, *[1] * (x.ndim - 1)) * torch.cos(2 * x)
 
 
-def euler(velocity, x0, ts, *, path=False):
-    return euler_maruyama(velocity, 0, x0, ts, path=path)
+def euler(velocity, x0, ts, *, trajectory=False):
+    return euler_maruyama(velocity, 0, x0, ts, trajectory=trajectory)
 
 
 def ramp(t):
@@ -77,7 +77,7 @@ def ou_and_exact(steps, theta=1.0, sigma=0.8, end=1.0, paths=4000):
     x0 = torch.full((paths,), 1.5, dtype=torch.float64)
     x = euler_maruyama(lambda x, t: -theta * x, sigma, x0, ts, generator=make_generator(1))
     brownian = euler_maruyama(
-        zero, 1.0, torch.zeros_like(x0), ts, generator=make_generator(1), path=True
+        zero, 1.0, torch.zeros_like(x0), ts, generator=make_generator(1), trajectory=True
     )
     decay = torch.exp(-theta * (end - ts))
     average = decay.diff() / (theta * ts.diff())
@@ -149,7 +149,7 @@ def test_simulated_ou_has_the_exact_moments(theta):
     x0 = torch.full((20_000,), 1.2, dtype=torch.float64)
     generator = make_generator(2)
     xs = euler_maruyama(
-        lambda x, t: -theta * x, 0.9, x0, time_grid(200), generator=generator, path=True
+        lambda x, t: -theta * x, 0.9, x0, time_grid(200), generator=generator, trajectory=True
     )
     for i in (50, 200):
         mean, variance = ou_moments(x0[0], i / 200, theta, 0.9)
@@ -166,7 +166,7 @@ def test_simulated_ou_has_the_exact_moments(theta):
 def test_increments_are_independent_normals(diffusion, dtype):
     ts = time_grid(40, 0, 2)
     x0 = torch.zeros(2500, dtype=dtype)
-    xs = euler_maruyama(zero, diffusion, x0, ts, generator=make_generator(3), path=True)
+    xs = euler_maruyama(zero, diffusion, x0, ts, generator=make_generator(3), trajectory=True)
     sigma = diffusion(ts[:-1]) if callable(diffusion) else torch.full((40,), diffusion)
     increments = xs.diff(dim=0) / (sigma * ts.diff().sqrt())[:, None]
     assert_standard_normal(increments)
@@ -222,7 +222,7 @@ SOLVERS = [
 def test_shapes_path_and_input(solver, shape, generator):
     x0 = torch.randn(shape, generator=generator)
     kept = x0.clone()
-    end, xs = solver(swirl, x0, time_grid(4)), solver(swirl, x0, time_grid(4), path=True)
+    end, xs = solver(swirl, x0, time_grid(4)), solver(swirl, x0, time_grid(4), trajectory=True)
     assert end.shape == shape
     assert xs.shape == (5, *shape)
     assert torch.equal(xs[0], x0)
