@@ -288,15 +288,6 @@ def _diffusion_at(diffusion, x, t):
     return expand_like(check_like(diffusion(t), t, "diffusion"), x)
 
 
-def check_like(value, target, what):
-    """value, refused with a ValueError if its shape is not that of target."""
-    if value.shape != target.shape:
-        raise ValueError(
-            f"{what} must return shape {tuple(target.shape)}, got {tuple(value.shape)}"
-        )
-    return value
-
-
 @torch.no_grad()
 def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False):
     """Simulate dX = u(X, t) dt + sigma(t) dW on the grid ts (assignment, eq. 2).
