@@ -657,16 +657,16 @@ def lettering(text, n, *, generator=None):
     """
     from matplotlib.textpath import TextPath
 
-    outlines = TextPath((0, 0), text, prop={"family": "DejaVu Sans", "weight": "bold"})
-    polygons = outlines.to_polygons()
-    if not polygons:
+    if not text.strip():
         raise ValueError(f"text must have letters to draw, got {text!r}")
-    (low, high) = outlines.get_extents().get_points()
+    outlines = TextPath((0, 0), text, prop={"family": "DejaVu Sans", "weight": "bold"})
+    polygons = [Polygon(part) for part in outlines.to_polygons()]
+    low, high = outlines.get_extents().get_points()
     centre, scale = torch.tensor((low + high) / 2), (high - low).max() / 2.6
 
     def inside(points):
         points = points.cpu() * scale + centre
-        crossings = sum(torch.from_numpy(Polygon(p).contains_points(points)) for p in polygons)
+        crossings = sum(torch.from_numpy(part.contains_points(points)) for part in polygons)
         return (crossings % 2 == 1).to(generator.device if generator else "cpu")
 
     return _sample_inside(inside, n, generator)

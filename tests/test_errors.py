@@ -15,12 +15,16 @@ from helpers import (
     NoiseScore,
     PolynomialScheduler,
     UNet,
+    adams_bashforth2,
+    check_like,
     euler_maruyama,
     flow_matching_loss,
     frechet_distance,
+    guided_velocity,
     heun,
     load_fashion_mnist,
     mmd2,
+    reschedule,
     residual_noise,
     sde_drift,
     silhouette,
@@ -44,11 +48,23 @@ def still(x, t):
     return torch.zeros_like(x)
 
 
+def first(x, t):
+    """One coordinate of two: it would broadcast."""
+    return x[:, :1]
+
+
+def narrow(x, t, labels):
+    return x[..., :1]
+
+
+narrow.num_classes = 3
+
+
 def simulate(drift=still, diffusion=1.0, x0=X, ts=TS):
     return euler_maruyama(drift, diffusion, x0, ts)
 
 
-BOTH_SOLVERS = {
+SOLVERS = {
     "x0 must be float32 or float64, got torch.int64; use x0.float": {"x0": torch.tensor([1, 2])},
     "x0 must have a batch axis": {"x0": torch.tensor(1.0)},
     "x0 has entries that are not finite": {"x0": torch.tensor([0.0, NAN])},
@@ -77,11 +93,15 @@ def solve(drift=still, x0=X, ts=TS):
     return heun(drift, x0, ts)
 
 
-@pytest.mark.parametrize("message", BOTH_SOLVERS)
-@pytest.mark.parametrize("solver", [simulate, solve])
+def solve_by_two_steps(drift=still, x0=X, ts=TS):
+    return adams_bashforth2(drift, x0, ts)
+
+
+@pytest.mark.parametrize("message", SOLVERS)
+@pytest.mark.parametrize("solver", [simulate, solve, solve_by_two_steps])
 def test_solvers_refuse(solver, message):
     with pytest.raises(ValueError, match=message):
-        solver(**BOTH_SOLVERS[message])
+        solver(**SOLVERS[message])
 
 
 ERRORS = [
@@ -93,6 +113,17 @@ ERRORS = [
     (lambda: simulate(diffusion=lambda t: t[:1]), r"diffusion must return .* got \(1,\)"),
     (lambda: simulate(diffusion=lambda t: t[:, None]), r"diffusion must .* got \(3, 1\)"),
     (lambda: sde_drift(still, still, lambda t: 0.5)(X, T3), "diffusion must return shape"),
+    (lambda: sde_drift(still, first, 1.0)(X, T3), r"score must return .* got \(3, 1\)"),
+    (lambda: sde_drift(first, still, 1.0)(X, T3), r"velocity must return .* got \(3, 1\)"),
+    (lambda: sde_drift(still, first, lambda t: t)(X, T3), r"score must return .* got \(3, 1\)"),
+    (
+        lambda: sde_drift(still, still, T3),
+        r"diffusion must be a number or a function .* got tensor",
+    ),
+    (lambda: simulate(diffusion=T3), "diffusion must be a number or a function"),
+    (lambda: simulate(diffusion="large"), "diffusion must be a number .* got 'large'"),
+    (lambda: simulate(diffusion=None), "diffusion must be a number .* got None"),
+    (lambda: check_like(X, X[:1], "net"), r"net must return shape \(1, 2\), got \(3, 2\)"),
     # data
     (lambda: GaussianMixture([0.0, 1.0], [1.0, 1.0]), r"means must be \(K, D\).*got \(2,\)"),
     (lambda: GaussianMixture([[0.0]], [1.0, 1.0]), r"stds and weights \(K,\); got \(1, 1\), \(2,"),
@@ -109,7 +140,18 @@ ERRORS = [
     (lambda: MIXTURE.velocity(X, torch.tensor(0.5), LINEAR), r"t must have shape .* got \(\)"),
     (lambda: silhouette("bird", 5), r"unknown silhouette 'bird'; choose one of \['cat', 'dog'\]"),
     (lambda: load_fashion_mnist("val"), 'split must be "train" or "test", got \'val\''),
+    (lambda: GaussianMixture(X.half(), T3), "means must be float32 or float64, got torch.float16"),
+    (lambda: MIXTURE.score(X.bfloat16()), "x must be float32 or float64, got torch.bfloat16"),
     # schedules and paths
+    (
+        lambda: PATH.sample(X.half(), T3, X.half()),
+        "x must be float32 or float64, got torch.float16",
+    ),
+    (lambda: PATH.noise_to_score(X.bfloat16(), T3), "float32 or float64, got torch.bfloat16"),
+    (
+        lambda: reschedule(first, LINEAR)(X, T3),
+        r"velocity must return shape \(3, 2\), got \(3, 1\)",
+    ),
     (lambda: PolynomialScheduler(0.5), "power must be at least 1, got 0.5: .* infinite at t = 0"),
     (lambda: PolynomialScheduler(NAN), "power must be at least 1"),
     (lambda: PATH.sample(X, T3, X[:1]), r"shapes differ: \(3, 2\) and \(1, 2\)"),
@@ -137,6 +179,15 @@ ERRORS = [
     (lambda: LABELLED(IMAGES, T2, torch.tensor([0, 4])), r"labels must lie in 0 \.\. 3"),
     (lambda: LABELLED(IMAGES, T2, torch.tensor([-1, 0])), r"labels must lie in 0 \.\. 3"),
     (lambda: NoiseScore(still, PATH)(X, T2), r"t must have shape \(3,\), got \(2,\)"),
+    (lambda: NoiseScore(first, PATH)(X, T3), r"net must return shape \(3, 2\), got \(3, 1\)"),
+    (
+        lambda: MLP(time_input=lambda t: 0.5)(X, T3),
+        r"time_input must return shape \(3,\), got float",
+    ),
+    (
+        lambda: guided_velocity(narrow, torch.zeros(2).long(), 2.0)(IMAGES, T2),
+        r"model must return shape \(4, 1, 8, 8\), got \(4, 1, 8, 1\)",
+    ),
     # losses and metrics
     (lambda: flow_matching_loss(still, PATH, X, source=X[:2]), "shapes differ"),
     (lambda: mmd2(X, X, 0), "bandwidth must be positive, got 0"),
@@ -147,6 +198,11 @@ ERRORS = [
     (lambda: sliced_wasserstein(X, X[:2]), "samples must have equal size, got 3 and 2"),
     (lambda: frechet_distance(X[:, 0], X[:, 0]), "need two samples"),
     (lambda: residual_noise(torch.zeros(5, 28, 28)), r"must be images .* got \(5, 28, 28\)"),
+    (lambda: residual_noise(IMAGES.byte()), "x must be .* got torch.uint8; .*to_model_range"),
+    (
+        lambda: FashionClassifier(pretrained=False)(torch.zeros(2, 1, 28, 28).byte()),
+        "x must be float32 or float64, got torch.uint8; .*to_model_range",
+    ),
     (
         lambda: FashionClassifier(pretrained=False)(torch.zeros(2, 1, 32, 32)),
         r"x must be \(N, 1, 28, 28\), got \(2, 1, 32, 32\)",

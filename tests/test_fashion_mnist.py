@@ -121,7 +121,7 @@ def test_ranges_are_inverse():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: helpers.to_model_range(torch.rand(3)), r"got torch.float32 .*need 2 \* x - 1"),
+        (lambda: helpers.to_model_range(torch.rand(3)), r"got torch.float32; .*need 2 \* x - 1"),
         (lambda: helpers.to_model_range(torch.tensor([True])), "got torch.bool"),
         (lambda: helpers.to_model_range(torch.tensor([256])), "integers, and 0 .. 255"),
         (lambda: helpers.to_model_range(torch.tensor([-1])), "integers, and 0 .. 255"),

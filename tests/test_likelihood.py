@@ -1,6 +1,8 @@
 """Divergence and likelihood of a flow, against closed forms."""
 
 import itertools
+import math
+import weakref
 
 import pytest
 import torch
@@ -116,3 +118,104 @@ def test_pairing_is_the_best_of_all_permutations(shape):
 def test_pairing_refuses_different_shapes():
     with pytest.raises(ValueError, match="one shape"):
         optimal_transport_pairing(torch.zeros(3, 2), torch.zeros(4, 2))
+
+
+# Fields without x, modes, shapes
+
+
+@pytest.mark.parametrize("probes", [None, signs(3, 4, 2)], ids=["exact", "probes"])
+def test_divergence_of_a_field_without_x_is_zero(probes):
+    layer, x, t = torch.nn.Linear(1, 2).double(), normal(4, 2), torch.zeros(4).double()
+    for field in (lambda x, t: torch.ones_like(x), lambda x, t: layer(t[:, None])):
+        assert torch.equal(divergence(field, x, t, probes), torch.zeros(4).double())
+
+
+def test_divergence_refuses_a_field_that_hides_its_x():
+    """Taken for a field without x, it would give 0 in silence."""
+    layer, x, t = torch.nn.Linear(2, 2).double(), normal(4, 2), torch.zeros(4)
+    hidden = (torch.no_grad()(lambda x, t: layer(x)), lambda x, t: layer(x.detach()))
+    for field in hidden:
+        with pytest.raises(ValueError, match="autograd follows; take no_grad"):
+            divergence(field, x, t)
+
+
+def test_divergence_and_likelihood_under_inference_mode():
+    x, ts, layer = normal(4, 2), time_grid(4), torch.nn.Linear(2, 2).double()
+    layer.requires_grad_(False)
+    expected = (
+        divergence(lambda x, t: layer(x), x, x[:, 0]),
+        log_likelihood(exact_velocity, x, ts),
+    )
+    with torch.inference_mode():
+        inside = x + 0  # made here: a tensor that autograd refuses
+        found = divergence(lambda x, t: layer(x), inside, inside[:, 0])
+        likelihood = log_likelihood(exact_velocity, inside, ts)
+    torch.testing.assert_close((found, likelihood), expected)
+
+
+def test_divergence_adds_each_term_as_it_comes(monkeypatch):
+    """The gradients of 784 dimensions are not kept: at most three live at a time."""
+    alive, most, grad = weakref.WeakSet(), [], torch.autograd.grad
+
+    def counted(*args, **kwargs):
+        (slope,) = grad(*args, **kwargs)
+        alive.add(slope)
+        most.append(len(alive))
+        return (slope,)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    divergence(lambda x, t: x.sin(), normal(3, 1, 5, 5), torch.zeros(3))
+    assert len(most) == 25
+    assert max(most) <= 3
+
+
+def test_likelihood_asks_the_velocity_once_a_point():
+    calls = []
+
+    def field(x, t):
+        calls.append(t)
+        return -x
+
+    log_likelihood(field, normal(3, 2), time_grid(5))
+    assert len(calls) == 10
+
+
+def test_likelihood_takes_lists_and_gradients_and_batches_of_none():
+    x = normal(3, 2).requires_grad_()
+    expected = log_likelihood(exact_velocity, x, torch.tensor([0.0, 0.5, 1.0]))
+    assert not expected.requires_grad
+    assert torch.equal(log_likelihood(exact_velocity, x, [0, 0.5, 1]), expected)
+    for shape in ((0, 2), (0,)):
+        assert log_likelihood(lambda x, t: -x, torch.zeros(shape), [0, 1]).shape == (0,)
+
+
+def test_likelihood_of_a_scalar_process():
+    x = normal(6)
+    expected = torch.distributions.Normal(0, math.exp(0.7)).log_prob(x)
+    found = log_likelihood(lambda x, t: 0.7 * x, x, time_grid(200))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: log_likelihood(exact_velocity, x, time_grid(5).flip(0)), "strictly increasing"),
+        (lambda x: log_likelihood(lambda x, t: x[:, :1], x, time_grid(5)), "velocity must return"),
+        (lambda x: divergence(lambda x, t: t, x, x[:, 0]), r"velocity must return shape \(4, 2\)"),
+        (lambda x: divergence(exact_velocity, x, x[:, 0], signs(4, 2)), r"probes must be \(K, "),
+        (lambda x: divergence(exact_velocity, x, x[:, 0], signs(0, 4, 2)), "probes must be"),
+        (lambda x: divergence(exact_velocity, x.half(), x[:, 0]), "x must be float32 or float64"),
+    ],
+)
+def test_likelihood_and_divergence_refuse(call, message):
+    """A decreasing grid was taken, and the result off by 10 nats."""
+    with pytest.raises(ValueError, match=message):
+        call(normal(4, 2))
+
+
+def test_pairing_of_scalars_of_none_and_of_tensors_with_gradients():
+    x, y = normal(5), normal(5, seed=1).requires_grad_()
+    pairing = optimal_transport_pairing(x, y)  # on the line: in the order of both
+    assert torch.equal(pairing[x.argsort()], y.argsort())
+    for shape in ((0,), (0, 2)):
+        assert optimal_transport_pairing(torch.zeros(shape), torch.zeros(shape)).shape == (0,)

@@ -148,6 +148,56 @@ def test_precision_and_recall_see_different_faults():
     assert far_precision < precision / 2
 
 
+# What no metric may depend on
+
+
+METRICS = {
+    "mmd2": lambda x, y: mmd2(x, y, 1.0),
+    "sliced_wasserstein": lambda x, y: sliced_wasserstein(x, y, generator=make_generator(0)),
+    "frechet_distance": frechet_distance,
+    "precision": lambda x, y: precision_recall(x, y)[0],
+    "recall": lambda x, y: precision_recall(x, y)[1],
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_common_shift_changes_no_metric(name):
+    """Float32 features about 1e4 had precision and recall 1.0; their values here are 1/1024."""
+    x, y = ((1024 * v).round().div(1024).float() for v in samples(300, 300, 8, shift=0.5))
+    expected = METRICS[name](x, y)
+    assert METRICS[name](x + 1e4, y + 1e4) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+def test_metrics_take_any_number_and_compute_in_float64(name, dtype):
+    """Half precision overflowed; bytes are no type of a projection."""
+    x, y = (120 + 30 * v for v in samples(200, 200, 4))
+    x, y = (v.clamp(0, 255).to(dtype).requires_grad_(dtype.is_floating_point) for v in (x, y))
+    expected = METRICS[name](x.detach().float(), y.detach().float())
+    assert METRICS[name](x, y) == pytest.approx(expected)
+
+
+def test_sliced_wasserstein_of_large_half_precision():
+    x = torch.full((4, 3), 6e4).half()
+    assert sliced_wasserstein(x, -x) == pytest.approx(1.2e5 * math.sqrt(1), rel=0.2)
+
+
+def test_frechet_distance_is_never_negative():
+    """1000 x against itself was -73; what is not a number stays so."""
+    for seed in range(5):
+        x, _ = samples(2000, 2, 64, seed=seed)
+        assert frechet_distance(1000 * x, 1000 * x) >= 0
+        assert frechet_distance(1000 * x, 1000 * x) < 1
+
+
+@pytest.mark.parametrize("k", [0, -1, 5, 7])
+def test_a_neighbour_that_is_not_there_is_refused(k):
+    x, _ = samples(5, 2, 2)
+    with pytest.raises(ValueError, match=rf"need 1 <= k < N and M, got {k}, 5 and 9"):
+        precision_recall(x, samples(9, 2, 2)[0], k)
+
+
 # Images
 
 

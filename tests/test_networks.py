@@ -35,6 +35,10 @@ def batch(*shape):
 MODELS = {
     "mlp": (lambda: shaken(MLP()), (5, 2)),
     "mlp, one dimension": (lambda: shaken(MLP(dim=1, hidden=8, layers=1)), (5, 1)),
+    "mlp, octaves and a function of t": (
+        lambda: shaken(MLP(dim=2, hidden=16, octaves=3, time_input=lambda t: (1 - t + 0.02).log())),
+        (4, 2),
+    ),
     "unet": (lambda: shaken(UNet(SMALL)), (3, 1, 28, 28)),
     "unet, colours": (lambda: shaken(UNet((16, 32, 48), in_channels=3)), (3, 3, 8, 12)),
     "unet, labels": (lambda: shaken(UNet(SMALL, num_classes=4)), (3, 1, 8, 8)),
@@ -92,6 +96,44 @@ def test_mlp_has_the_layers_it_is_asked_for(layers, hidden):
     linear = [m for m in MLP(2, hidden, layers).modules() if isinstance(m, nn.Linear)]
     widths = [(m.in_features, m.out_features) for m in linear]
     assert widths == [(3, hidden), *[(hidden, hidden)] * (layers - 1), (hidden, 2)]
+
+
+def test_mlp_with_octaves_has_waves_of_x_among_its_inputs():
+    """At pi 2^k: the input is 2-periodic in x but for x itself, and k = 1 is 1-periodic."""
+    model, seen = MLP(dim=2, octaves=2), []
+    model.net[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x, t = batch(5, 2), torch.rand(5)
+    for shift in (0.0, 1.0, 2.0):
+        model(x + shift, t)
+    assert seen[0].shape == (5, 2 + 1 + 2 * 2 * 2)
+    assert torch.equal(seen[0][:, :3], torch.cat([x, t[:, None]], dim=1))
+    waves, after_one, after_two = (inputs[:, 3:].reshape(5, 2, 2, 2) for inputs in seen)
+    torch.testing.assert_close(waves, after_two, atol=1e-5, rtol=0)
+    torch.testing.assert_close(waves[..., 1], after_one[..., 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(waves[..., 0], -after_one[..., 0], atol=1e-5, rtol=0)
+    sines, cosines = waves[:, 0], waves[:, 1]
+    torch.testing.assert_close(sines**2 + cosines**2, torch.ones(5, 2, 2))
+
+
+def test_mlp_takes_a_function_of_t_in_its_place():
+    plain, other = MLP(), MLP(time_input=lambda t: 1 - t)
+    other.load_state_dict(plain.state_dict())
+    x, t = batch(5, 2), torch.rand(5)
+    assert torch.equal(other(x, t), plain(x, 1 - t))
+
+
+def test_default_mlp_is_that_of_the_committed_weights():
+    """No new tensor in its state, and none of its draws moved."""
+    names = [f"net.{i}.{kind}" for i in range(0, 10, 2) for kind in ("weight", "bias")]
+    assert list(MLP().state_dict()) == names
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 64), *[nn.Linear(64, 64) for _ in range(3)], nn.Linear(64, 2)]
+    torch.manual_seed(0)
+    model = MLP()
+    for ours, linear in zip(model.net[::2], layers, strict=True):
+        assert torch.equal(ours.weight, linear.weight)
+    x, t = batch(5, 2), torch.rand(5)
+    assert torch.equal(model(x, t), model.net(torch.cat([x, t[:, None]], dim=1)))
 
 
 # The UNet
@@ -198,6 +240,26 @@ def test_guidance_extrapolates_from_the_unconditional_field():
     ):
         found = guided_velocity(model, labels, guidance)(x, t)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_guidance_may_differ_from_sample_to_sample():
+    """One scale a sample, also where B is the width of the image."""
+    model, x, t = shaken(UNet(SMALL, num_classes=3)).eval(), batch(8, 1, 8, 8), torch.rand(8)
+    labels, scales = torch.arange(8) % 3, torch.linspace(0, 4, 8)
+    found = guided_velocity(model, labels, scales)(x, t)
+    single = [
+        guided_velocity(model, labels[i : i + 1], scales[i].item())(x[i : i + 1], t[i : i + 1])
+        for i in range(8)
+    ]
+    torch.testing.assert_close(found, torch.cat(single), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"must have shape \(8,\), got \(7,\)"):
+        guided_velocity(model, labels, scales[:7])(x, t)
+
+
+@pytest.mark.parametrize("build", [MLP, lambda: UNet(SMALL)])
+def test_a_batch_of_none(build):
+    shape = (0, 2) if build is MLP else (0, 1, 8, 8)
+    assert build()(torch.zeros(shape), torch.zeros(0)).shape == shape
 
 
 # NoiseScore

@@ -1,7 +1,7 @@
 """Section 2: solvers. Convergence orders, noise, the SDE that keeps its marginals."""
 
-import math
 
+import numpy as np
 import pytest
 import torch
 from checks import assert_mean, assert_standard_normal, mixture_pvalue, order
@@ -10,10 +10,12 @@ from helpers import (
     SIGMAS,
     GaussianPath,
     LinearScheduler,
+    adams_bashforth2,
     euler_maruyama,
     heun,
     make_generator,
     ou_moments,
+    sampling_grid,
     sde_drift,
     sde_drift_from_velocity,
     time_grid,
@@ -53,17 +55,63 @@ def test_time_grid_has_exact_ends_and_equal_steps(start, end):
 # Order of convergence
 
 
-@pytest.mark.parametrize(("solver", "expected"), [(euler, 1), (heun, 2)])
-def test_order_on_an_ode(solver, expected):
-    """dx/dt = x cos t has the solution x0 exp(sin t); measured slopes within 0.05."""
-    steps = [16, 32, 64, 128]
+def alternating(n):
+    """Steps that are long and short by turns, by a factor of three, from 0 to 2."""
+    steps = torch.tensor([3.0, 1.0], dtype=torch.float64).repeat(n // 2)
+    return torch.cat([steps.new_zeros(1), steps.cumsum(0)]) / n
+
+
+GRIDS = {
+    "equal": lambda n: time_grid(n, 0, 2).double(),
+    "backwards": lambda n: time_grid(n, 2, 0).double(),
+    "finer at the end": lambda n: 2 * sampling_grid(n).double(),
+    "alternating": alternating,
+    "alternating, backwards": lambda n: alternating(n).flip(0),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("solver", "expected"), [(euler, 1), (heun, 2), (adams_bashforth2, 2)])
+def test_order_on_an_ode(solver, expected, grid):
+    """dx/dt = x cos t has the solution x0 exp(sin t); measured slopes within 0.1."""
+    if solver is euler and "backwards" in grid:
+        pytest.skip("an SDE runs forwards")
+    steps, errors = [64, 128, 256, 512], []
     x0 = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    exact = x0 * math.exp(math.sin(2.0))
-    errors = [
-        (solver(lambda x, t: x * t.cos(), x0, time_grid(n, 0, 2)) - exact).abs().max()
-        for n in steps
-    ]
-    assert order(steps, errors) == pytest.approx(expected, abs=0.05)
+    for n in steps:
+        ts = GRIDS[grid](n)
+        exact = x0 * torch.exp(ts[-1].sin() - ts[0].sin())
+        errors.append((solver(lambda x, t: x * t.cos(), x0, ts) - exact).abs().max())
+    assert order(steps, errors) == pytest.approx(expected, abs=0.1)
+
+
+def test_adams_bashforth_is_exact_for_a_straight_field_after_its_first_step():
+    """dx/dt = t: the line through two slopes is the field itself, on any grid."""
+    ts = torch.tensor([0.0, 0.1, 0.5, 0.6, 1.3], dtype=torch.float64)
+    xs = adams_bashforth2(lambda x, t: t, torch.zeros(1).double(), ts, trajectory=True)
+    torch.testing.assert_close(xs[1:, 0] - xs[1, 0], (ts[1:] ** 2 - ts[1] ** 2) / 2)
+
+
+def test_adams_bashforth_survives_a_field_that_reuses_its_memory():
+    buffer = torch.empty(3)
+
+    def reusing(x, t):
+        return torch.mul(x, -t, out=buffer)
+
+    x0, ts = torch.ones(3), time_grid(8)
+    assert torch.equal(
+        adams_bashforth2(reusing, x0, ts), adams_bashforth2(lambda x, t: -t * x, x0, ts)
+    )
+
+
+def test_sampling_grid_has_exact_ends_and_is_finer_towards_the_data():
+    for n in (1, 2, 32, 250):
+        ts = sampling_grid(n)
+        assert ts.shape == (n + 1,)
+        assert (ts[0], ts[-1]) == (0, 1)
+        steps = ts.diff()
+        assert (steps > 0).all()
+        assert (steps.diff() < 0).all()
 
 
 def ou_and_exact(steps, theta=1.0, sigma=0.8, end=1.0, paths=4000):
@@ -207,6 +255,7 @@ def test_without_a_generator_the_global_state_decides():
 
 SOLVERS = [
     pytest.param(heun, id="heun"),
+    pytest.param(adams_bashforth2, id="adams_bashforth2"),
     pytest.param(euler, id="euler"),
     pytest.param(
         lambda *args, **kwargs: euler_maruyama(
@@ -230,7 +279,7 @@ def test_shapes_path_and_input(solver, shape, generator):
     assert torch.equal(x0, kept)
 
 
-@pytest.mark.parametrize("solver", SOLVERS[:2])
+@pytest.mark.parametrize("solver", SOLVERS[:3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_batch_is_its_members(solver, shape, generator):
     x0 = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -269,7 +318,7 @@ def test_times_and_types_that_a_field_sees(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_state_keeps_its_type_whatever_the_field_returns(solver, dtype):
     out = solver(lambda x, t: torch.ones_like(x, dtype=dtype), torch.ones(3, 2), time_grid(2))
     assert out.dtype == torch.float32
@@ -298,6 +347,33 @@ def test_a_field_may_differentiate(solver):
     assert torch.equal(
         solver(gradient_flow, x0, time_grid(3)), solver(lambda x, t: -x, x0, time_grid(3))
     )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (0, 1, 4, 4)])
+def test_a_batch_of_none(solver, shape):
+    xs = solver(swirl, torch.zeros(shape), time_grid(3), trajectory=True)
+    assert xs.shape == (4, *shape)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grids_may_be_lists_and_arrays(solver, dtype):
+    x0 = torch.ones(3, 2, dtype=dtype)
+    expected = solver(swirl, x0, torch.tensor([0.0, 0.25, 1.0]))
+    for ts in ([0, 0.25, 1], (0.0, 0.25, 1.0), np.array([0, 0.25, 1]), [0, np.float64(0.25), 1]):
+        assert torch.equal(solver(swirl, x0, ts), expected)
+
+
+def test_diffusion_may_be_a_tensor_of_one_number():
+    x0, ts = torch.zeros(3, 2), time_grid(4)
+    expected = euler_maruyama(zero, 0.5, x0, ts, generator=make_generator(0))
+    for sigma in (torch.tensor(0.5), torch.tensor([0.5]), np.float64(0.5)):
+        found = euler_maruyama(zero, sigma, x0, ts, generator=make_generator(0))
+        assert torch.equal(found, expected)
+    drift = sde_drift(swirl, swirl, torch.tensor(0.5))
+    assert torch.equal(drift(x0 + 1, x0[:, 0]), sde_drift(swirl, swirl, 0.5)(x0 + 1, x0[:, 0]))
+    assert sde_drift(swirl, swirl, torch.tensor(0)) is swirl
 
 
 def test_a_solution_that_blows_up_is_returned():
