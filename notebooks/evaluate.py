@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import plain_recipe
+import baseline
 
 import helpers
 from helpers import UNet
@@ -97,7 +97,7 @@ def sample(solve, n, device, precision):
 def save(name, networks, rows, device, **settings):
     """Write a record: its settings, the machine, and one row for each case."""
     content = {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
-    helpers.save_evaluation(name, networks, content)
+    helpers.save_record(name, networks, content)
 
 
 def train_classifier(device):
@@ -130,7 +130,7 @@ def train_classifier(device):
     )
     judge = Judge(device)
     accuracy = (judge.classes(judge.test_features) == judge.labels).double().mean().item()
-    helpers.save_evaluation("classifier", ["classifier"], {"test_accuracy": accuracy})
+    helpers.save_record("classifier", ["classifier"], {"test_accuracy": accuracy})
     print(f"classifier: test accuracy {accuracy:.4f}")
 
 
@@ -159,7 +159,7 @@ def evaluate_schedulers(judge, device, n=1000):
         for name, scheduler in helpers.SCHEDULERS.items()
     ]
     cases += [(name, name.removeprefix("flow_"), flows[name]) for name in FLOWS[1:]]
-    precision = helpers.choose_precision(linear, device)
+    precision = helpers.choose_dtype(linear, device)
     rows = []
     for network, schedule, velocity in cases:
         for steps in (4, 8, 16, 32):
@@ -183,7 +183,7 @@ def sample_finely(velocity, n, device, precision):
 def evaluate_quality(judge, device, n=10_000):
     """flow_linear at N = 10 000 with 64 evaluations, and training images in its place."""
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
-    precision = helpers.choose_precision(velocity, device)
+    precision = helpers.choose_dtype(velocity, device)
     train, _ = helpers.load_fashion_mnist("train")
     index = torch.randperm(len(train), generator=helpers.make_generator(SEED))[:n]
     real = helpers.to_model_range(train[index])
@@ -202,10 +202,10 @@ def evaluate_plain_recipe(judge, device, n=10_000):
     """The same for the plain recipe of public course labs; its weights are not kept."""
     config = {"steps": 5000, "batch": 250, "lr": 1e-3, "seed": 0}
     start = time.perf_counter()
-    model, losses = plain_recipe.train(device, **config)
+    model, losses = baseline.train(device, **config)
     config |= {"seconds": time.perf_counter() - start, "last_loss": losses[-500:].mean().item()}
     config |= {"parameters": sum(p.numel() for p in model.parameters())}
-    precision = helpers.choose_precision(model, device)
+    precision = helpers.choose_dtype(model, device)
     x = sample_finely(model, n, device, precision)
     row = {"samples": "plain recipe", **judge.measure(x), **judge.coverage(x)}
     settings = {"training": config, "n": n, "evaluations": 64, "precision": precision}
@@ -215,7 +215,7 @@ def evaluate_plain_recipe(judge, device, n=10_000):
 def evaluate_guidance(judge, device, n=1000):
     """flow_labels with classifier-free guidance: labels in equal number, Heun's method."""
     model = helpers.load_weights(UNet(num_classes=10), "flow_labels").to(device)
-    precision = helpers.choose_precision(model, device)
+    precision = helpers.choose_dtype(model, device)
     labels, ts = torch.arange(BATCH, device=device) % 10, helpers.time_grid(16)
     asked = labels.cpu().repeat(n // BATCH)
     of_test = mean_spread(judge.test_features, judge.labels)
@@ -267,7 +267,7 @@ def evaluate_sigma(judge, device, n=500):
     path = helpers.GaussianPath(helpers.LinearScheduler())
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     net = helpers.load_weights(UNet(), "score_linear").to(device)
-    precision = helpers.choose_precision(velocity, device)
+    precision = helpers.choose_dtype(velocity, device)
     make_drift = functools.partial(helpers.sde_drift, velocity, helpers.NoiseScore(net, path))
     rows = sample_every_sigma(make_drift, judge, device, precision, n)
     networks = ["flow_linear", "score_linear", "classifier"]
@@ -278,7 +278,7 @@ def evaluate_sigma_contained(judge, device, n=500):
     """Question 5(b) with one network: the score that the velocity contains."""
     path = helpers.GaussianPath(helpers.LinearScheduler())
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
-    precision = helpers.choose_precision(velocity, device)
+    precision = helpers.choose_dtype(velocity, device)
     make_drift = functools.partial(helpers.sde_drift_from_velocity, velocity, path)
     rows = sample_every_sigma(make_drift, judge, device, precision, n)
     save("sigma_contained", ["flow_linear", "classifier"], rows, device, n=n, precision=precision)
@@ -331,11 +331,11 @@ def evaluate_budgets(device, n=2000, evaluations=200, batch=256, lr=4e-3, points
     score_path = helpers.GaussianPath(preserving)
 
     def flow_loss(net, z, *, generator):
-        return helpers.flow_matching_loss(net, flow_path, z, generator=generator)
+        return helpers.flow_matching_loss(net, z, flow_path, generator=generator)
 
     def score_loss(net, z, *, generator):
         score = helpers.NoiseScore(net, score_path)
-        return helpers.score_matching_loss(score, score_path, z, generator=generator)
+        return helpers.score_matching_loss(score, z, score_path, generator=generator)
 
     def distance(x):
         directions = helpers.make_generator(SEED)

@@ -47,17 +47,18 @@ def median_seconds(call, repeats):
 # Training
 
 
-def training_step(model, precision):
-    """One step of train as a call without arguments, and the precision that it uses."""
+def training_step(model, dtype):
+    """One step of train as a call without arguments, and the dtype that it uses."""
     path = GaussianPath(LinearScheduler())
     images, _ = helpers.load_fashion_mnist("train")
     sample_batch = helpers.image_batches(images.to(DEVICE), BATCH)
 
     def loss(model, z, *, generator):
-        return helpers.flow_matching_loss(model, path, z, generator=generator)
+        return helpers.flow_matching_loss(model, z, path, generator=generator)
 
-    run = helpers._TrainingRun(model.train(), seed=0, lr=1e-3, precision=precision)
-    return lambda: run.update(loss, sample_batch, 1e-3, 1.0, 0.999), run.precision
+    options = dict(lr=1e-3, muon_lr=None, warmup=0, decay=False, clip=1.0, ema=0.999)
+    run = helpers._TrainingRun(model.train(), {"steps": 10_000, "seed": 0, **options}, dtype)
+    return lambda: run.update(loss, sample_batch), run.dtype
 
 
 def operations(call):
@@ -85,7 +86,7 @@ def training_plain(repeats):
 def convolutions(repeats):
     """All convolutions of a training step alone, forwards and backwards, one at a time."""
     model, calls = UNet().to(DEVICE), []
-    precision = getattr(torch, helpers.choose_precision(model, DEVICE))
+    precision = getattr(torch, helpers.choose_dtype(model, DEVICE))
 
     def remember(module, inputs, output):
         calls.append((module, inputs[0].shape, output.shape))
@@ -134,7 +135,7 @@ def sampler(method, evaluations, precision):
 
 def sampling(method, evaluations):
     def case(repeats):
-        precision = helpers.choose_precision(UNet(), DEVICE)
+        precision = helpers.choose_dtype(UNet(), DEVICE)
         fast, exact = (sampler(method, evaluations, p) for p in (precision, "float32"))
         difference = (fast() - exact()).square().mean().sqrt().item()
         return {

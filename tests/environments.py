@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["-r", "requirements.txt", "-r", "tests/requirements.txt"]
 
 # A kernel of a notebook runs this file first
-STARTUP = {"PYTHONSTARTUP": str(ROOT / "tests" / "pretended_device.py")}
+STARTUP = {"PYTHONSTARTUP": str(ROOT / "tests" / "fake_device.py")}
 LEVEL = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # of the vector units
 
 # name: (what pip installs, None for the present environment; environment variables)

@@ -1,10 +1,11 @@
 """Everything also runs on a device other than the CPU, here a pretended one."""
 
+import contextlib
 from itertools import pairwise
 
 import pytest
 import torch
-from pretended_device import PretendedDevice
+from fake_device import PretendedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import helpers
@@ -22,7 +23,7 @@ def device(request, monkeypatch):
 
 
 def flow_loss(model, batch, *, generator):
-    return helpers.flow_matching_loss(model, PATH, batch, generator=generator)
+    return helpers.flow_matching_loss(model, batch, PATH, generator=generator)
 
 
 # The pretended device refuses what a real one refuses
@@ -67,10 +68,10 @@ def fit(device, steps=6, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "capability", "precision"),
+    ("kind", "capability", "dtype"),
     [("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float16"), ("mps", None, "float32")],
 )
-def test_training_and_resuming_on_a_device(kind, capability, precision, tmp_path):
+def test_training_and_resuming_on_a_device(kind, capability, dtype, tmp_path):
     stops = iter([False, False, False, True])
     log, checkpoint = {}, tmp_path / "run"
     with PretendedDevice(kind, capability):
@@ -89,9 +90,45 @@ def test_training_and_resuming_on_a_device(kind, capability, precision, tmp_path
         assert {p.device.type for p in whole.parameters()} == {kind}
         weights = [[p.cpu() for p in model.parameters()] for model in (whole, resumed)]
     assert losses.device.type == "cpu"
-    assert log["precision"] == precision
+    assert log["dtype"] == dtype
     assert torch.equal(losses, losses_of_both)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+DEVICES = {
+    "cpu": ("cpu", "float32", contextlib.nullcontext),
+    "cuda, bfloat16": ("cuda", "bfloat16", lambda: PretendedDevice("cuda", (8, 0))),
+    "cuda, float16": ("cuda", "float16", lambda: PretendedDevice("cuda", (7, 5))),
+    "mps": ("mps", "float32", lambda: PretendedDevice("mps")),
+}
+
+
+@pytest.mark.parametrize("second", DEVICES)
+@pytest.mark.parametrize("first", DEVICES)
+def test_a_checkpoint_goes_on_anywhere(first, second, tmp_path, monkeypatch):
+    """A run interrupted on one device ends on another, in the precision of that one, and its
+    record says so."""
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
+    options, parts, log = {"checkpoint": tmp_path / "run", "muon_lr": 0.02}, [], {}
+    for name, stop in ((first, 3), (second, None)):
+        kind, dtype, enter = DEVICES[name]
+        parts.append({"step": 3 * len(parts), "device": kind, "dtype": dtype})
+        with enter():
+            batches = helpers.image_batches(PHOTOS.to(kind), 4)
+            count = iter(range(99))
+
+            def stopping(generator, batches=batches, count=count, stop=stop):
+                if next(count) == stop:
+                    raise KeyboardInterrupt
+                return batches(generator)
+
+            with contextlib.suppress(KeyboardInterrupt):
+                model, losses = fit(kind, sample_batch=stopping, log=log, **options)
+            weights = [p.cpu() for p in model.parameters()] if stop is None else []
+    assert log["runs"] == (parts[:1] if first == second else parts)
+    assert losses.isfinite().all()
+    assert all(w.isfinite().all() for w in weights)
 
 
 def test_batches_noise_and_times_are_drawn_on_the_device(device):
@@ -189,9 +226,9 @@ def mixture_answers(mixture, x, t, generator):
 
 CASES = {
     "euler_maruyama": lambda x, y, t, g: helpers.euler_maruyama(
-        swirl, lambda t: 1 - t, x, helpers.time_grid(4), generator=g, path=True
+        swirl, lambda t: 1 - t, x, helpers.time_grid(4), generator=g, trajectory=True
     ),
-    "heun": lambda x, y, t, g: helpers.heun(swirl, x, helpers.time_grid(4), path=True),
+    "heun": lambda x, y, t, g: helpers.heun(swirl, x, helpers.time_grid(4), trajectory=True),
     "divergence": lambda x, y, t, g: helpers.divergence(swirl, x, t),
     "log_likelihood": lambda x, y, t, g: helpers.log_likelihood(swirl, x, helpers.time_grid(4)),
     "sde_drift": lambda x, y, t, g: helpers.sde_drift(swirl, swirl, lambda t: 1 - t)(x, t),
@@ -214,10 +251,10 @@ CASES = {
         for coefficient in (s.alpha, s.beta, s.alpha_dot, s.beta_dot)
     ],
     "flow_matching_loss": lambda x, y, t, g: helpers.flow_matching_loss(
-        network(helpers.MLP, x), PATH, x, source=y, generator=g
+        network(helpers.MLP, x), x, PATH, source=y, generator=g
     ),
     "score_matching_loss": lambda x, y, t, g: helpers.score_matching_loss(
-        network(helpers.MLP, x), PATH, x, generator=g
+        network(helpers.MLP, x), x, PATH, generator=g
     ),
     "NoiseScore": lambda x, y, t, g: helpers.NoiseScore(network(helpers.MLP, x), PATH)(x, t),
     "guided_velocity": lambda x, y, t, g: helpers.guided_velocity(

@@ -189,7 +189,7 @@ ERRORS = [
         r"model must return shape \(4, 1, 8, 8\), got \(4, 1, 8, 1\)",
     ),
     # losses and metrics
-    (lambda: flow_matching_loss(still, PATH, X, source=X[:2]), "shapes differ"),
+    (lambda: flow_matching_loss(still, X, PATH, source=X[:2]), "shapes differ"),
     (lambda: mmd2(X, X, 0), "bandwidth must be positive, got 0"),
     (lambda: mmd2(X, X, NAN), "bandwidth must be positive"),
     (lambda: mmd2(X, X[:1], 1.0), r"N, M >= 2, got \(3, 2\) and \(1, 2\)"),

@@ -204,7 +204,7 @@ def test_euler_maruyama_of_torchsde_on_one_path(steps):
         x0,
         ts,
         generator=make_generator(3),
-        path=True,
+        trajectory=True,
     )
     torch.testing.assert_close(ours, expected, **NEAR)
 
@@ -222,7 +222,7 @@ def test_heun_of_torchdiffeq(ends, points):
     torchdiffeq = peer("torchdiffeq")
     x0, ts = points[0], time_grid(20, *ends).double()
     expected = torchdiffeq.odeint(lambda t, x: swirl(x, t.expand(len(x))), x0, ts, method="heun2")
-    torch.testing.assert_close(heun(swirl, x0, ts, path=True), expected, **NEAR)
+    torch.testing.assert_close(heun(swirl, x0, ts, trajectory=True), expected, **NEAR)
 
 
 def test_heun_converges_to_dopri5():

@@ -1,6 +1,5 @@
 """Section 2: solvers. Convergence orders, noise, the SDE that keeps its marginals."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """What does each ingredient of the recipe give? Short trainings with one ingredient changed.
 
-Usage: python tests/screening.py [--steps 500] [--json FILE] [name ...]
+Usage: python tests/ablations.py [--steps 500] [--json FILE] [name ...]
 Every run is the task of question 4(b) with the batches and noises of one seed. Prints, for
 each, the seconds, the loss on 2000 test images with fixed times and noises, and the Frechet
 and sliced Wasserstein distances and the residual noise of 1000 samples (32 evaluations).
@@ -103,7 +103,7 @@ RUNS = {
 
 
 def flow_loss(model, z, *, generator):
-    return helpers.flow_matching_loss(model, PATH, z, generator=generator)
+    return helpers.flow_matching_loss(model, z, PATH, generator=generator)
 
 
 def train(run, steps, sample_batch, device, seconds_of_recipe):
@@ -170,7 +170,7 @@ def main():
         def solve(x0, generator, model=model):
             return helpers.heun(model, x0, helpers.time_grid(16))
 
-        precision = helpers.choose_precision(model, device)
+        precision = helpers.choose_dtype(model, device)
         measured = judge.measure(evaluate.sample(solve, 1000, device, precision))
         row = {"name": name, **log, "test_loss": held_out_loss(model, device), **measured}
         rows.append(row)

@@ -89,12 +89,12 @@ def train(device, *, steps, batch, lr, seed):
         torch.manual_seed(seed)
         model = PlainUNet().to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    dtype = getattr(torch, helpers.choose_precision(model, device))
+    dtype = getattr(torch, helpers.choose_dtype(model, device))
     losses = torch.zeros(steps)
     for step in range(steps):
         z = sample_batch(generator)
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            loss = helpers.flow_matching_loss(model, path, z, generator=generator)
+            loss = helpers.flow_matching_loss(model, z, path, generator=generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
