@@ -116,7 +116,7 @@ def test_losses_are_finite_numbers_for_every_shape(case):
     path, z, *_ = case
     for loss, weighted in itertools.product((flow_matching_loss, score_matching_loss), (1, 0)):
         options = {} if loss is flow_matching_loss else {"weighted": bool(weighted)}
-        value = loss(lambda x, t: 0 * x, path, z, generator=make_generator(0), **options)
+        value = loss(lambda x, t: 0 * x, z, path, generator=make_generator(0), **options)
         assert value.shape == ()
         assert value.isfinite()
         assert value >= 0
