@@ -87,8 +87,9 @@ def make_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-# The lines as they were imported: show_source stays right when the file is edited afterwards.
-linecache.cache[__file__] = (0, None, linecache.getlines(__file__), __file__)
+# The lines as they are imported: show_source stays right when the file is edited afterwards.
+_LINES = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
+linecache.cache[__file__] = (0, None, _LINES, __file__)
 
 
 def show_source(*objects):
