@@ -9,8 +9,11 @@ import tempfile
 
 
 def pytest_configure(config):
-    figures = tempfile.TemporaryDirectory(prefix="figures-")
-    config.add_cleanup(figures.cleanup)
-    os.environ.update(FLOW_DEVICE="cpu", FLOW_PROGRESS="0", FLOW_FIGURES=figures.name)
-    for variable in ("FLOW_RETRAIN", "FLOW_WEIGHTS"):
-        os.environ.pop(variable, None)
+    output = tempfile.TemporaryDirectory(prefix="output-")
+    profile = tempfile.TemporaryDirectory(prefix="ipython-")  # not the user's settings
+    config.add_cleanup(output.cleanup)
+    config.add_cleanup(profile.cleanup)
+    os.environ.update(FLOW_DEVICE="cpu", FLOW_PROGRESS="0", FLOW_OUTPUT=output.name)
+    os.environ.update(IPYTHONDIR=profile.name)
+    os.environ.pop("FLOW_RETRAIN", None)
+    import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)

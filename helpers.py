@@ -13,7 +13,6 @@ Contents
                  save_weights, load_weights, load_training_log, load_record
     8 metrics    optimal_transport_pairing, mmd2, sliced_wasserstein, frechet_distance,
                  precision_recall, residual_noise, FashionClassifier
-    9 plots      plot_*(..., ax) -> ax
 
 Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t eps.
     maths                            code                        shape
@@ -33,7 +32,6 @@ instead of loading; FLOW_PROGRESS=0 hides progress bars; FLOW_OUTPUT, build/ by 
 where new figures, weights and records go.
 """
 
-import base64
 import contextlib
 import functools
 import gzip
@@ -46,6 +44,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import tempfile
 import textwrap
 import threading
@@ -53,7 +52,6 @@ import time
 import zlib
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.path import Path as Polygon
@@ -119,56 +117,6 @@ def claim(text, check):
     print(f"✓ {text}" if holds else f"✗ {text}: not with these values")
 
 
-def save_figure(fig, name, caption):
-    """Write figures/<name>.png and .pdf and display exactly those PNG bytes with the caption.
-
-    The folder is FLOW_FIGURES if set. The files hold no dates or versions, so that the same
-    figure gives the same bytes. Closes fig. Raises ValueError if the folder is not writable.
-    """
-    from IPython.display import Markdown, display
-    from PIL import Image
-
-    no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
-    drawn, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=100, bbox_inches="tight")
-    fig.savefig(pdf, format="pdf", dpi=150, bbox_inches="tight", metadata=no_dates)
-    plt.close(fig)
-    # 256 colours: no visible difference, and less than half the size
-    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    palette.save(png, format="PNG", optimize=True)
-    _write_figures({f"{name}.png": png.getvalue(), f"{name}.pdf": pdf.getvalue()})
-    encoded = base64.b64encode(png.getvalue()).decode()
-    display({"image/png": encoded, "text/plain": caption}, raw=True)
-    display(Markdown(f"*{caption}*"))  # front ends show the image and not its text/plain
-
-
-def save_animation(frames, name, *, milliseconds):
-    """Write figures/<name>.gif, which repeats for ever; nothing is displayed.
-
-    frames: grey images (H, W), or (H, W, 3), in [0, 1], each shown for `milliseconds`.
-    """
-    from PIL import Image
-
-    images = [Image.fromarray((255 * frame).round().byte().cpu().numpy()) for frame in frames]
-    gif = io.BytesIO()
-    options = {"duration": milliseconds, "loop": 0, "optimize": True}
-    images[0].save(gif, format="GIF", save_all=True, append_images=images[1:], **options)
-    _write_figures({f"{name}.gif": gif.getvalue()})
-
-
-def _write_figures(files):
-    """Write {name: bytes} to the folder of figures; ValueError if it is not writable."""
-    folder = Path(os.environ.get("FLOW_FIGURES") or ROOT / "figures")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write_atomically(folder / name, content)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write figures to {folder} ({error}); make it writable or set FLOW_FIGURES"
-        ) from error
-
-
 def _write_atomically(path, content):
     """Write bytes to path so that a crash leaves the old file whole, never half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -187,9 +135,11 @@ def _write_atomically(path, content):
 def output_folder(kind):
     """Where new files of a kind go, "figures", "weights" or "records": below FLOW_OUTPUT.
 
-    FLOW_OUTPUT is build/ by default; the root of the repository means the committed folders.
+    FLOW_OUTPUT is build/ by default, on Colab outside the clone; the root of the repository
+    means the committed folders.
     """
-    base = Path(os.environ.get("FLOW_OUTPUT") or ROOT / "build").expanduser().absolute()
+    default = Path("/content") if "google.colab" in sys.modules else ROOT
+    base = Path(os.environ.get("FLOW_OUTPUT") or default / "build").expanduser().absolute()
     return (base if kind == "figures" or base != ROOT else DATA) / kind
 
 
@@ -1905,105 +1855,3 @@ class FashionClassifier(nn.Module):
 
     def forward(self, x):
         return self.logits(self.features(x))
-
-
-# ---------------------------------------------------------------------------------------
-# 9  Plots: draw on ax and return it; never simulate, seed or show
-# ---------------------------------------------------------------------------------------
-
-# One colour each through all notebooks; distinguishable in the common colour blindnesses.
-COLORS = {"noise": "#0072B2", "data": "#D55E00", "model": "#009E73", "exact": "#000000"}
-
-
-def plot_paths(ts, xs, ax, **style):
-    """Draw scalar trajectories xs (N+1, B) against ts (N+1,)."""
-    style = {"color": COLORS["model"], "linewidth": 0.8, "alpha": 0.8} | style
-    ax.plot(ts.cpu(), xs.cpu(), rasterized=xs.shape[1] > 20, **style)
-    ax.set_xlabel("$t$")
-    return ax
-
-
-def plot_points(x, ax, *, limit=None, **style):
-    """Scatter points x (N, 2) in the plane with equal aspect; limit: half-width of the axes."""
-    style = {"color": COLORS["data"], "s": 5, "linewidths": 0, "alpha": 0.7} | style
-    ax.scatter(*x.detach().cpu().T, rasterized=True, **style)
-    return _frame_plane(ax, limit)
-
-
-def plot_histogram(x, ax, *, limit, bins=40, vmax=None):
-    """Two-dimensional histogram of points x (N, 2) on [-limit, limit]^2, as a density.
-
-    Returns ax; the mesh, for a colour bar, is ax.collections[-1].
-    """
-    ax.hist2d(
-        *x.detach().cpu().T.numpy(),
-        bins=bins,
-        range=[(-limit, limit)] * 2,
-        density=True,
-        cmap="magma",
-        vmin=0,
-        vmax=vmax,
-        rasterized=True,
-    )
-    return _frame_plane(ax, limit)
-
-
-def plot_density(mixture, ax, *, limit, levels=6, **style):
-    """Contours of the density of a GaussianMixture in the plane on [-limit, limit]^2."""
-    side = torch.linspace(-limit, limit, 150, dtype=mixture.means.dtype)
-    xx, yy = torch.meshgrid(side, side, indexing="xy")
-    density = mixture.log_prob(torch.stack([xx, yy], dim=-1).reshape(-1, 2)).exp()
-    style = {"colors": COLORS["exact"], "linewidths": 0.7} | style
-    ax.contour(xx, yy, density.reshape(xx.shape), levels=levels, **style)
-    return _frame_plane(ax, limit)
-
-
-def plot_flow(xs, ax, *, limit=None, **style):
-    """Draw trajectories xs (N+1, B, 2) in the plane, starts in the noise's colour."""
-    style = {"color": "0.55", "linewidth": 0.4, "alpha": 0.6} | style
-    ax.plot(*xs.detach().cpu().unbind(dim=2), rasterized=True, zorder=0, **style)
-    plot_points(xs[0], ax, color=COLORS["noise"])
-    return plot_points(xs[-1], ax, limit=limit, color=COLORS["model"])
-
-
-def plot_field(x, u, ax, *, limit=None, **style):
-    """Draw a velocity or score field: arrows u (N, 2) at points x (N, 2)."""
-    ax.quiver(*x.detach().cpu().T, *u.detach().cpu().T, angles="xy", **style)
-    return _frame_plane(ax, limit)
-
-
-def plot_loss(losses, ax, *, window=100, floor=None, label=None, **style):
-    """Running mean of losses (steps,) over `window` steps; floor: a level drawn dashed."""
-    mean = losses.float().cpu().unfold(0, min(window, len(losses)), 1).mean(dim=1)
-    style = {"color": COLORS["model"]} | style
-    ax.plot(torch.arange(len(mean)) + len(losses) - len(mean), mean, label=label, **style)
-    if floor is not None:
-        ax.axhline(floor, color=COLORS["exact"], linestyle="--", label=f"floor {floor:.3f}")
-    ax.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
-    return ax
-
-
-def mosaic(x, columns):
-    """Images x (N, 1, H, W) in [-1, 1] side by side, as one image (H', W') in [0, 1]."""
-    x = to_image_range(x.detach().cpu())[:, 0]
-    rows = math.ceil(len(x) / columns)
-    x = F.pad(x, (1, 1, 1, 1), value=1.0)  # a white line between the images
-    x = F.pad(x, (0, 0, 0, 0, 0, rows * columns - len(x)), value=1.0)
-    h, w = x.shape[1:]
-    return x.reshape(rows, columns, h, w).transpose(1, 2).reshape(rows * h, columns * w)
-
-
-def plot_images(x, ax, *, columns):
-    """Draw images x (N, 1, H, W) in [-1, 1] as one mosaic with `columns` columns."""
-    ax.imshow(mosaic(x, columns).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    return ax
-
-
-def _frame_plane(ax, limit):
-    ax.set_aspect("equal")
-    ax.set(xlabel="$x_1$", ylabel="$x_2$")
-    if limit is not None:
-        ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
-    return ax

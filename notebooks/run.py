@@ -1,26 +1,47 @@
-"""Execute the five notebooks in order, in place, with real outputs and figures.
+"""Execute the notebooks: into build/, so that a clone stays as it was, or in place.
 
-Usage: python notebooks/run.py [NAME ...]
-A NAME is the start of a file name, such as 03; without one, all notebooks are run. Prints
-each notebook with the seconds it took. The first failing cell ends the run with the notebook,
-the cell and the error, and leaves that notebook's file as it was.
+Usage: python notebooks/run.py [--in-place] [--html] [--student DIR] [NAME ...]
+A NAME is the start of a file name, such as 03; without one, all notebooks are meant.
+    --in-place     for maintainers: write notebooks/, figures/ and data/ themselves
+    --html         also write each executed notebook as a page, its hidden cells folded
+    --student DIR  execute nothing; write the notebooks without answers and with the exercises
+                   emptied, and what they need, to DIR
+Prints a line a notebook with its seconds, and whether its text is that of the committed one.
+The first failing cell ends the run and leaves that notebook's file as it was.
 """
 
+import argparse
+import ast
+import copy
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "notebooks"
+METADATA = {
+    "accelerator": "GPU",
+    "colab": {"provenance": [], "toc_visible": True},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+}
+KEPT = {"tags", "jupyter", "cellView", "jp-MarkdownHeadingCollapsed"}  # metadata of a cell
 
 
 def execute(path):
-    """Run one notebook from a fresh kernel and write it back without time stamps."""
+    """Run one notebook from a fresh kernel; the notebook, without time stamps and versions."""
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
+    count = len(notebook.cells)
+
+    def report(cell, cell_index):
+        if sys.stdout.isatty():
+            print(f"\r{path.name}: cell {cell_index + 1} of {count} ", end="", flush=True)
+
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -28,29 +49,202 @@ def execute(path):
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(HERE)}},
+        on_cell_start=report,
+        extra_arguments=["--log-level=ERROR"],
     )
     client.execute()
-    notebook.metadata.pop("language_info", None)  # it names the Python version
-    temporary = path.with_suffix(".tmp")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    return normalise(notebook)
 
 
-def main(names):
-    paths = sorted(p for p in HERE.glob("0*.ipynb") if p.name.startswith(tuple(names or [""])))
-    if not paths:
-        sys.exit(f"no notebook in {HERE} begins with {' or '.join(names)}")
+def normalise(notebook):
+    """Leave the metadata that are meant: front ends add their own, and the Python version."""
+    folded = notebook.metadata.get("colab", {}).get("collapsed_sections")
+    notebook.metadata = copy.deepcopy(METADATA)
+    if folded:
+        notebook.metadata["colab"]["collapsed_sections"] = folded
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in KEPT}
+    return notebook
+
+
+def texts(notebook):
+    """What each code cell says: all of its outputs but pictures."""
+    kinds = ("text/plain", "text/markdown", "text/html", "text/latex")
+    return [
+        [
+            "".join(output.get("text", ""))
+            + "".join("".join(output.get("data", {}).get(kind, "")) for kind in kinds)
+            for output in cell.outputs
+        ]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def verdict(notebook, path):
+    """Whether a notebook says what the committed one does, else which code cells do not."""
+    import nbformat
+
+    if not path.exists():
+        return ""
+    old, new = texts(nbformat.read(path, as_version=4)), texts(notebook)
+    if len(old) != len(new):
+        return ", other cells than the committed one"
+    other = [str(i) for i, pair in enumerate(zip(old, new, strict=True), 1) if pair[0] != pair[1]]
+    if not other:
+        return ", text as committed"
+    return f", other text than committed in [{'], ['.join(other)}]"
+
+
+def write(notebook, path):
+    """Write a notebook so that a crash, or a second run, leaves a whole file."""
+    import nbformat
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        nbformat.write(notebook, temporary)
+        os.chmod(temporary, 0o644)  # mkstemp makes the file private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def fold(notebook):
+    """The notebook for a page: the source of a hidden cell in a <details> above its outputs."""
+    import nbformat
+
+    cells = []
+    for cell in notebook.cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            source = (
+                f"<details><summary>code</summary>\n\n```python\n{cell.source}\n```\n</details>"
+            )
+            cells.append(nbformat.v4.new_markdown_cell(source))
+            cell = copy.deepcopy(cell)
+            cell.metadata["tags"] = ["source-in-details"]
+        cells.append(cell)
+    return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+
+
+def write_page(notebook, path):
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    options = Config({"TagRemovePreprocessor": {"enabled": True}})
+    options.TagRemovePreprocessor.remove_input_tags = {"source-in-details"}
+    page, _ = HTMLExporter(config=options).from_notebook_node(fold(notebook))
+    path.write_text(page, encoding="utf-8")
+
+
+def emptied(source):
+    """An exercise's definition down to its signature, docstring and `...`."""
+    lines, (definition,) = source.splitlines(), ast.parse(source).body
+    first, *rest = definition.body
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    end = first.end_lineno if documented else first.lineno - 1
+    kept = lines[definition.lineno - 1 : end]
+    for inner in rest if isinstance(definition, ast.ClassDef) else []:
+        head = lines[inner.lineno - 1 : inner.body[0].lineno - 1]
+        kept += ["", *head, "        ..."]
+    if not isinstance(definition, ast.ClassDef):
+        kept.append("    ...")
+    return "\n".join(lines[: definition.lineno - 1] + kept)
+
+
+def student(notebook):
+    """A notebook to hand out: no answers, derivations or outputs, and the exercises emptied."""
+    notebook = copy.deepcopy(notebook)
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if not {"answer", "derivation"} & set(cell.metadata.get("tags", []))
+    ]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if "exercise" in cell.metadata.get("tags", []):
+                cell.source = emptied(cell.source)
+    return notebook
+
+
+def hand_out(paths, folder):
+    """Write the student version of the notebooks, and what their setup cell needs, to folder."""
+    import nbformat
+
+    folder = Path(folder).expanduser().resolve()
+    for path in paths:
+        write(student(nbformat.read(path, as_version=4)), folder / "notebooks" / path.name)
+    for name in ("plots.py", "plots.mplstyle"):
+        shutil.copy(HERE / name, folder / "notebooks" / name)
+    for name in ("helpers.py", "requirements.txt", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
+    print(f"{len(paths)} notebooks to hand out: {folder}")
+
+
+def prepare(in_place):
+    """The environment of the kernels; the folder that the notebooks are written to."""
+    output = os.environ.get("FLOW_OUTPUT") or ROOT / "build"
+    output = ROOT if in_place else Path(output).expanduser().absolute()
+    folder = HERE if in_place else output / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # an OSError now, not after the first notebook
+    os.environ.update(FLOW_OUTPUT=str(output), IPYTHONDIR=tempfile.mkdtemp(prefix="ipython-"))
     os.environ.setdefault("FLOW_PROGRESS", "0")
+    import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)
+
+    return folder
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="start of a file name: 03")
+    parser.add_argument("--in-place", action="store_true", help="write notebooks/ and figures/")
+    parser.add_argument("--html", action="store_true", help="pages, too")
+    parser.add_argument("--student", metavar="DIR", help="write notebooks to hand out")
+    options = parser.parse_args(arguments)
+    wanted = tuple(options.names or [""])
+    paths = sorted(path for path in HERE.glob("0*.ipynb") if path.name.startswith(wanted))
+    if not paths:
+        sys.exit(f"no notebook in {HERE} begins with {' or '.join(options.names)}")
+    if options.student:
+        return hand_out(paths, options.student)
+    try:
+        folder = prepare(options.in_place)
+        run(paths, folder, options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the notebook at hand was left as it was", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"cannot write ({error}); free or choose another folder by FLOW_OUTPUT")
+    finally:
+        shutil.rmtree(os.environ.get("IPYTHONDIR", ""), ignore_errors=True)
+
+
+def run(paths, folder, options):
+    """Execute the notebooks one after the other, and say where they are."""
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
     start = time.perf_counter()
     for path in paths:
-        print(f"{path.name} ...", end=" ", flush=True)
         begin = time.perf_counter()
+        print(f"{path.name} ...", end="", flush=True)
         try:
-            execute(path)
+            notebook = execute(path)
         except CellExecutionError as error:
-            sys.exit(f"failed\n{path.name}: {error}")
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
-    print(f"{len(paths)} notebooks in {time.perf_counter() - start:.0f} s")
+            sys.exit(f" failed\n{path.name}: {error}")
+        except DeadKernelError:
+            sys.exit(f" failed\n{path.name}: the kernel died, perhaps for lack of memory")
+        same = verdict(notebook, HERE / path.name)
+        write(notebook, folder / path.name)
+        if options.html:
+            write_page(notebook, folder / f"{path.stem}.html")
+        print(f"\r{path.name} {time.perf_counter() - begin:.0f} s{same}", flush=True)
+    print(f"{len(paths)} notebooks in {time.perf_counter() - start:.0f} s, in {folder}")
+    print(f"to read them: jupyter lab {folder}")
 
 
 if __name__ == "__main__":

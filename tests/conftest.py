@@ -1,5 +1,9 @@
 """Fixtures that several test files share."""
 
+import sys
+from pathlib import Path
+
+import IPython.display
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -8,6 +12,7 @@ import torch
 import helpers
 
 matplotlib.use("Agg")
+sys.path.append(str(Path(helpers.__file__).parent / "notebooks"))  # plots.py
 torch.set_num_threads(1)  # the tensors are small
 
 
@@ -46,3 +51,23 @@ def ax():
     fig, ax = plt.subplots()
     yield ax
     plt.close(fig)
+
+
+class Handle:
+    """What display returns: a place that can be redrawn."""
+
+    def __init__(self, displayed):
+        self.update = lambda item, raw: displayed.append(item)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What would be displayed in a notebook."""
+    displayed = []
+
+    def display(item, metadata=None, raw=False, display_id=None):
+        displayed.append(item if raw else item._repr_markdown_())
+        return Handle(displayed)
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    return displayed
