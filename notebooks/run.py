@@ -185,14 +185,14 @@ def hand_out(paths, folder):
     print(f"{len(paths)} notebooks to hand out: {folder}")
 
 
-def prepare(in_place):
+def prepare(in_place, profile):
     """The environment of the kernels; the folder that the notebooks are written to."""
     output = os.environ.get("FLOW_OUTPUT") or ROOT / "build"
     output = ROOT if in_place else Path(output).expanduser().absolute()
     folder = HERE if in_place else output / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # an OSError now, not after the first notebook
-    os.environ.update(FLOW_OUTPUT=str(output), IPYTHONDIR=tempfile.mkdtemp(prefix="ipython-"))
+    os.environ.update(FLOW_OUTPUT=str(output), IPYTHONDIR=profile)
     os.environ.setdefault("FLOW_PROGRESS", "0")
     import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)
 
@@ -213,15 +213,13 @@ def main(arguments):
     if options.student:
         return hand_out(paths, options.student)
     try:
-        folder = prepare(options.in_place)
-        run(paths, folder, options)
+        with tempfile.TemporaryDirectory(prefix="ipython-") as profile:  # not the user's settings
+            run(paths, prepare(options.in_place, profile), options)
     except KeyboardInterrupt:
         print("\ninterrupted; the notebook at hand was left as it was", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"cannot write ({error}); free or choose another folder by FLOW_OUTPUT")
-    finally:
-        shutil.rmtree(os.environ.get("IPYTHONDIR", ""), ignore_errors=True)
 
 
 def run(paths, folder, options):

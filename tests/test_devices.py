@@ -9,6 +9,7 @@ from fake_device import PretendedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import helpers
+import plots
 
 PATH = helpers.GaussianPath(helpers.LinearScheduler())
 PHOTOS = torch.arange(20 * 64, dtype=torch.int64).remainder(256).byte().view(20, 1, 8, 8)
@@ -296,10 +297,10 @@ def test_the_result_is_that_of_the_cpu(case, device):
 
 def test_plots_take_tensors_of_the_device(device, ax):
     x = torch.randn(3, 16, 2, device=device)
-    helpers.plot_points(x[0], ax)
-    helpers.plot_paths(torch.linspace(0, 1, 3, device=device), x[..., 0], ax)
-    helpers.plot_histogram(x[0], ax, limit=2)
-    helpers.plot_flow(x, ax)
-    helpers.plot_field(x[0], x[1], ax)
-    helpers.plot_loss(x.flatten().square(), ax, window=10)
-    helpers.plot_images(torch.rand(4, 1, 8, 8, device=device), ax, columns=2)
+    plots.plot_points(x[0], ax)
+    plots.plot_paths(torch.linspace(0, 1, 3, device=device), x[..., 0], ax)
+    plots.plot_histogram(x[0], ax, limit=2)
+    plots.plot_flow(x, ax)
+    plots.plot_field(x[0], x[1], ax)
+    plots.plot_loss(x.flatten().square(), ax, window=10)
+    plots.plot_images(torch.rand(4, 1, 8, 8, device=device), ax, columns=2)

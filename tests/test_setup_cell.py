@@ -69,7 +69,7 @@ def colab(tmp_path):
         settings = {
             "GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": f"url.file://{remote}.insteadOf",
-            "GIT_CONFIG_VALUE_0": "https://github.com/OWNER/flow-matching-notebooks",
+            "GIT_CONFIG_VALUE_0": "https://github.com/OWNER/REPOSITORY",
         }
         return run(pretend + SETUP.replace("/content", str(content)), content, **settings)
 
