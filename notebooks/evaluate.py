@@ -1,6 +1,6 @@
 """Make the records under data/records that are too heavy for every run of the notebooks.
 
-Usage: python notebooks/evaluate.py [name ...], with the names
+Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     classifier        train the network that measures samples (data/weights/classifier.pt)
     floor             the Frechet distance of real images, ten sets of 500 and of 1000
     schedulers        question 4(d): one flow along every schedule, and every flow along its own
@@ -12,11 +12,12 @@ Usage: python notebooks/evaluate.py [name ...], with the names
     budgets           notebook 05: score SDE and flow ODE in the plane, at equal budgets
 Without a name, all but classifier and plain_recipe, which train. A record holds N, function
 evaluations, seeds, device, versions and the SHA-256 of the weights; the notebooks refuse a
-record of other weights.
+record of other weights. Written to build/records, or with --in-place, for maintainers, to data/.
 """
 
 import functools
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -374,6 +375,9 @@ JOBS = {
 
 
 def main(names):
+    if "--in-place" in names:
+        names.remove("--in-place")
+        os.environ["FLOW_OUTPUT"] = str(helpers.ROOT)
     names = names or [name for name in JOBS if name != "plain_recipe"]
     unknown = set(names) - {"classifier", *JOBS}
     if unknown:

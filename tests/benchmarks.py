@@ -209,7 +209,8 @@ CASES = {
 def run_case(name, repeats):
     """Run one case here; its figures with the peak memory of this process in GiB."""
     result = CASES[name](repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if DEVICE.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return {**result, "peak_gib": peak / 2**30}

@@ -33,7 +33,11 @@ ENVIRONMENTS = {
     "newest versions": (TESTS, {}),
     "oldest torch": ([*TESTS, "torch==2.6.*", "torchvision==0.21.*"], {}),
     "Colab": (
-        [*TESTS, "torch==2.10.*", "numpy==2.1.*", "matplotlib==3.10.*", "ipython==7.34.*"],
+        [
+            *TESTS,
+            *("torch==2.11.*", "numpy==2.0.*", "matplotlib==3.10.*"),
+            *("ipython==7.34.*", "ipywidgets==7.7.1"),
+        ],
         {},
     ),
 }

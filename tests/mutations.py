@@ -21,45 +21,49 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # (what is in helpers.py, exactly once; what replaces it)
 FAULTS = [
-    # solvers
-    ("x = torch.add(x, _evaluate(drift, x, t), alpha=h)", "x = x + _evaluate(drift, x, t)"),
-    ("alpha=math.sqrt(h) * float(diffusion)", "alpha=h * float(diffusion)"),
-    ("_diffusion_at(diffusion, x, t), value=math.sqrt(h)", "_diffusion_at(diffusion, x, t)"),
-    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x, generator) * "
-     "_randn_like(x, generator)\n    if not"),
-    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x, generator)\n"
-     "    _randn_like(x, generator)\n    if not"),
-    ("    noise = _randn_like(x, generator)\n    if not", "    noise = _randn_like(x[:1], "
-     "generator).expand_as(x)\n    if not"),
-    ("slope_next = _evaluate(velocity, guess, t_next", "slope_next = _evaluate(velocity, guess, "
-     "t_cur"),
+    ("x, \"drift\").to(x.dtype), alpha=h)", "x, \"drift\").to(x.dtype))"),
+    ("alpha=math.sqrt(h) * sigma", "alpha=h * sigma"),
+    ("_diffusion_at(sigma, x, t), value=math.sqrt(h)", "_diffusion_at(sigma, x, t)"),
+    ("_randn_like(x, generator), alpha=", "_randn_like(x, generator).square(), alpha="),
+    (
+        "            noise = _randn_like(x, generator)\n",
+        "            noise = _randn_like(x, generator) * _randn_like(x, generator)\n",
+    ),
+    ("_randn_like(x, generator), alpha=", "_randn_like(x[:1], generator).expand_as(x), alpha="),
+    ("velocity(guess, t_next)", "velocity(guess, t)"),
     ("torch.add(x, slope + slope_next, alpha=h / 2)", "torch.add(x, slope, alpha=h)"),
-    ("    xs[0] = x\n    return xs", "    return xs"),
-    ("field(x, t)).to(x.dtype)", "field(x, t))"),
-    ("half = diffusion**2 / 2", "half = diffusion / 2"),
-    ("x, t) ** 2 / 2 * score", "x, t) / 2 * score"),
-    ("x, t) ** 2 / 2 * score", "x, t) ** 2 * score"),
-    ("return lambda x, t: velocity(x, t) + half", "return lambda x, t: velocity(x, t) - half"),
+    ("        xs[0] = x\n", "        pass\n"),
+    (
+        "slope_next = check_like(velocity(guess, t_next), x, \"velocity\").to(x.dtype)",
+        "slope_next = check_like(velocity(guess, t_next), x, \"velocity\")",
+    ),
+    ("if callable(sigma) else sigma) ** 2 / 2", "if callable(sigma) else sigma) / 2"),
+    ("if callable(sigma) else sigma) ** 2 / 2", "if callable(sigma) else sigma) ** 2"),
+    ("return u + half * check_like(score", "return u - half * check_like(score"),
     ("-torch.expm1(-2 * theta * t) / rate", "-torch.expm1(-theta * t) / rate"),
     ("torch.ones_like(theta), 2 * theta)", "torch.ones_like(theta), theta)"),
     ("x0 * torch.exp(-theta * t), sigma**2", "x0 * torch.exp(-theta * t), sigma"),
-    ("return terms.sum(dim=0) if exact", "return terms.mean(dim=0) if exact"),
+    ("return u.detach(), total / count", "return u.detach(), total"),
     ("return change - (z.square()", "return -change - (z.square()"),
-    # mixture
     ("means + self.stds[index, None] *", "means + self.stds[index, None] ** 2 *"),
     ("torch.sqrt(alpha**2 * self.stds**2 + beta**2), self", "alpha * self.stds + beta, self"),
     ("log_norm = x.shape[1] * torch", "log_norm = torch"),
-    ("gain = (alpha_dot * alpha * self.stds**2 + beta_dot", "gain = (alpha_dot * self.stds**2 + "
-     "beta_dot"),
-    ("(alpha_dot * beta - alpha * beta_dot) ** 2 / variance", "(alpha_dot * beta + alpha * "
-     "beta_dot) ** 2 / variance"),
+    (
+        "gain = (alpha_dot * alpha * self.stds**2 + beta_dot",
+        "gain = (alpha_dot * self.stds**2 + beta_dot",
+    ),
+    (
+        "(alpha_dot * beta - alpha * beta_dot) ** 2 / variance",
+        "(alpha_dot * beta + alpha * beta_dot) ** 2 / variance",
+    ),
     ("- x.shape[1] / 2 * torch.log(variance)", "- x.shape[1] * torch.log(variance)"),
     ("between + x.shape[1] * (post", "between + (post"),
-    # schedules and paths
     ("return math.pi / 2 * torch.sin(math.pi / 2 * (1", "return torch.sin(math.pi / 2 * (1"),
     ("return -math.pi / 2 * torch.sin", "return math.pi / 2 * torch.sin"),
-    ("return torch.sin(math.pi / 2 * (1 - t))\n\n    def alpha_dot", "return torch.cos(math.pi / 2 "
-     "* t)\n\n    def alpha_dot"),
+    (
+        "return torch.sin(math.pi / 2 * (1 - t))\n\n    def alpha_dot",
+        "return torch.cos(math.pi / 2 * t)\n\n    def alpha_dot",
+    ),
     ("return alpha * z + beta * eps", "return beta * z + alpha * eps"),
     ("return alpha * z + beta * eps", "return alpha * z + beta**2 * eps"),
     ("return alpha_dot * z + beta_dot * eps", "return alpha_dot * z - beta_dot * eps"),
@@ -72,35 +76,58 @@ FAULTS = [
     ("t.reshape(-1, *[1] * (x.ndim - 1))", "t"),
     ("growth = expand_like(alpha_dot + beta_dot, x) * linear_x", "growth = 0"),
     ("/ scale  # c s_dot", "  # c s_dot"),
-    # networks
     ("shift, self.norm2(h), 1 + scale)", "shift, self.norm2(h), scale)"),
     ("torch.addcmul(shift, self.norm2(h), 1 + scale)", "self.norm2(h) * (1 + scale)"),
     ("return x + self.conv2(F.silu(h))", "return self.conv2(F.silu(h))"),
-    ("h = self.mix1(torch.cat([h, skip1], dim=1))", "h = self.mix1(torch.cat([h, h], dim=1))"),
-    ("return -self.net(x, t) / self.path.scheduler.beta", "return self.net(x, t) / self.path."
-     "scheduler.beta"),
+    ("self.mix1(torch.cat([h, skip1], dim=1))", "self.mix1(torch.cat([h, h], dim=1))"),
+    (
+        "return -check_like(self.net(x, t), x, \"net\") / beta",
+        "return check_like(self.net(x, t), x, \"net\") / beta",
+    ),
     ("nn.init.zeros_(self.head[-1].weight)", "pass"),
-    # training
-    ("residual = beta * model", "residual = model"),
+    ("residual = beta * check_like", "residual = check_like"),
     ("(residual if weighted else residual / beta)", "(residual if weighted else residual * beta)"),
-    ("eps = _randn_like(z, generator) if source is None else source", "eps = _randn_like(z, "
-     "generator)"),
+    (
+        "eps = _randn_like(z, generator) if source is None else source",
+        "eps = _randn_like(z, generator)",
+    ),
     (">= (8, 0) else", ">= (7, 0) else"),
-    ("if run.step % 50 == 0 or", "if run.step % 1 == 0 or"),
+    ("run.step % 50 == 0:", "run.step % 1 == 0:"),
     ("return peak * (step + 1) / warmup", "return peak"),
-    ("(1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2", "1.0"),
-    ("decay = min(ema, (1 + self.step) / (10 + self.step))", "decay = 0.0"),
-    ("decay = min(ema, (1 + self.step) / (10 + self.step))", "decay = ema"),
-    ("self.generator.set_state(self.generator_state)", "pass"),
-    ("self.optimizer.load_state_dict(state[\"optimizer\"])", "pass"),
-    # metrics
+    ("(1 + math.cos(math.pi * decay * (step - warmup) / (steps - warmup))) / 2", "1.0"),
+    ("decay = min(config[\"ema\"], (1 + self.step) / (10 + self.step))", "decay = 0.0"),
+    ("decay = min(config[\"ema\"], (1 + self.step) / (10 + self.step))", "decay = config[\"ema\"]"),
+    ("self.generator.set_state(state[\"random\"][0])", "pass"),
+    ("optimizer.load_state_dict(saved)", "pass"),
     ("/ (2 * bandwidth**2))", "/ bandwidth**2)"),
     ("(xx.sum() - xx.trace()) / (n * (n - 1))", "xx.sum() / (n * n)"),
     ("directions = directions / directions.norm(dim=0)", "directions = directions"),
     ("difference.square().mean().sqrt().item()", "difference.abs().mean().item()"),
-    ("return x.cpu(), y.cpu()", "return x, y"),
+    ("samples.detach().cpu().double()", "samples.detach().double()"),
     ("cov_y.trace() - 2 * cross", "cov_y.trace() - cross"),
     ("return (x[:, :, ends][..., ends] + 1).abs()", "return (x[:, :, ends][..., ends]).abs()"),
+    ("alpha=h * h / (2 * before[1])", "alpha=h / 2"),
+    ("a**2 * half_squares", "half_squares"),
+    ("crossings % 2 == 1", "crossings > 0"),
+    ("() is True", "() is not False"),
+    ("if shape != tuple(target.shape):", "if False:"),
+    ("return 1 - (1 - time_grid(n)) ** 1.5", "return time_grid(n)"),
+    (
+        "matrices = orthogonalize(torch.stack(looks_ahead), self.dtype)",
+        "matrices = torch.stack(looks_ahead)",
+    ),
+    ("max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5", "1"),
+    ("kernel.grad.lerp(velocity, group[\"momentum\"])", "velocity"),
+    ("min(p.shape[:2]) >= 16]", "min(p.shape[:2]) >= 1]"),
+    ("self.weights[: -len(self.buffers) or None] + self.kept_buffers", "self.weights"),
+    ("self._set_random_state(self.saved_random)", "pass"),
+    ("self.norms[self.step] = norm.detach()", "pass"),
+    ("if b.is_floating_point()]", "if False]"),
+    ("clip = math.inf if config", "clip = 1.0 if config"),
+    ("return half if not (lost", "return half if True or not (lost"),
+    ("os.fsync(file.fileno())", "pass"),
+    ("group[\"fused\"] = own.get(\"fused\")", "pass"),
+    ("if state[\"parts\"][-1][\"device\"] == self.device.type:", "if True:"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,173 @@
+"""notebooks/run.py on small notebooks: into build/ or in place, faults, pages, handing out."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import run
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+EXERCISE = '''def double(x):
+    """Twice x."""
+    return 2 * x'''
+
+
+def small(*sources):
+    cells = [new_code_cell(source) for source in sources]
+    left_behind = {"vscode": {"x": 1}, "language_info": {"name": "python"}}
+    return new_notebook(cells=cells, metadata=left_behind)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A repository of its own for the runner; returns run(source, ...) -> executed cells."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "HERE", tmp_path / "notebooks")
+    monkeypatch.setenv("FLOW_OUTPUT", "")
+    monkeypatch.setenv("IPYTHONDIR", "")
+    nbformat.write(small("print(1 + 1)", "import os\nos.environ['FLOW_OUTPUT']"), tmp_path / NAME)
+    return tmp_path
+
+
+NAME = Path("notebooks") / "01_small.ipynb"
+
+
+def said(notebook):
+    return ["".join(texts) for texts in run.texts(notebook)]
+
+
+def test_it_writes_to_build_and_leaves_the_clone(home, capsys):
+    before = (home / NAME).read_bytes()
+    run.main([])
+    assert (home / NAME).read_bytes() == before
+    made = nbformat.read(home / "build" / NAME, as_version=4)
+    assert said(made) == ["2\n", repr(str(home / "build"))]
+    assert made.metadata == run.METADATA
+    out = capsys.readouterr().out
+    assert "other text than committed in [1], [2]" in out
+    assert f"jupyter lab {home / 'build' / 'notebooks'}" in out
+
+
+def test_in_place(home, capsys):
+    run.main(["--in-place", "01"])
+    made = nbformat.read(home / NAME, as_version=4)
+    assert said(made) == ["2\n", repr(str(home))]
+    assert made.metadata == run.METADATA
+    before = (home / NAME).read_bytes()
+    run.main(["--in-place"])
+    assert (home / NAME).read_bytes() == before
+    assert "text as committed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("1 / 0", "ZeroDivisionError"), ("import os\nos._exit(1)", "the kernel died")],
+)
+def test_a_fault_is_one_clear_line_and_leaves_the_file(source, message, home):
+    nbformat.write(small(source), home / NAME)
+    before = (home / NAME).read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--in-place"])
+    assert message in str(stop.value)
+    assert str(stop.value).lstrip().startswith("failed\n01_small.ipynb: ")
+    assert (home / NAME).read_bytes() == before
+    assert [path.name for path in (home / "notebooks").iterdir()] == [NAME.name]
+
+
+def test_an_interruption_ends_with_130(home, monkeypatch, capsys):
+    monkeypatch.setattr(run, "execute", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        run.main([])
+    assert stop.value.code == 130
+    assert "left as it was" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_cell(home, monkeypatch):
+    (home / "file").write_text("in the way")
+    monkeypatch.setenv("FLOW_OUTPUT", str(home / "file"))
+    monkeypatch.setattr(run, "execute", lambda path: pytest.fail("a notebook was run"))
+    with pytest.raises(SystemExit, match="cannot write"):
+        run.main([])
+
+
+def test_an_unknown_name(home):
+    with pytest.raises(SystemExit, match=r"no notebook in .* begins with 07"):
+        run.main(["07"])
+
+
+def test_a_page_folds_the_hidden_cells(home):
+    notebook = small("print('seen')", "print('in the details')")
+    notebook.cells[1].metadata["jupyter"] = {"source_hidden": True}
+    nbformat.write(notebook, home / NAME)
+    run.main(["--html"])
+    page = (home / "build" / NAME).with_suffix(".html").read_text()
+    assert page.count("<summary>code</summary>") == 1
+    assert page.count("in the details") == 2  # its source, once, and its output
+
+
+def hand_out_example():
+    cells = [
+        new_markdown_cell("### Question 1 (a) (1 point)"),
+        new_markdown_cell("**Answer.** 42", metadata={"tags": ["answer"]}),
+        new_markdown_cell("**Derivation.** QED", metadata={"tags": ["derivation"]}),
+        new_code_cell(EXERCISE, metadata={"tags": ["exercise"]}),
+        new_code_cell(
+            "from helpers import claim\nclaim('double doubles', lambda: double(2) == 4)",
+            outputs=[new_output("stream", name="stdout", text="✓ double doubles\n")],
+        ),
+    ]
+    return new_notebook(cells=cells, metadata=run.METADATA)
+
+
+def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_path):
+    """Answers, derivations and outputs are gone; ✗ before the exercise is solved, ✓ after."""
+    nbformat.write(hand_out_example(), home / NAME)
+    for name in ("helpers.py", "requirements.txt", "LICENSE", "data/x", "notebooks/plots.py"):
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text("")
+    (home / "notebooks" / "plots.mplstyle").write_text("")
+    run.main(["--student", str(tmp_path / "class")])
+    handed = nbformat.read(tmp_path / "class" / NAME, as_version=4)
+    assert [cell.cell_type for cell in handed.cells] == ["markdown", "code", "code"]
+    assert handed.cells[1].source == 'def double(x):\n    """Twice x."""\n    ...'
+    assert not handed.cells[2].outputs
+    for solution, mark in ((None, "✗"), (EXERCISE, "✓")):
+        if solution:
+            handed.cells[1].source = solution
+        handed.cells[2].source = (
+            f"import sys\nsys.path.insert(0, {str(Path(run.__file__).parents[1])!r})\n"
+            + hand_out_example().cells[4].source
+        )
+        nbformat.write(handed, home / NAME)
+        assert said(run.execute(home / NAME))[1].startswith(f"{mark} double doubles")
+
+
+def test_an_exercise_that_is_a_class_keeps_its_methods():
+    source = '''class Layer(Module):
+    """x + f(x)."""
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, x):
+        return x'''
+    assert (
+        run.emptied(source)
+        == '''class Layer(Module):
+    """x + f(x)."""
+
+    def __init__(self):
+        ...
+
+    def forward(self, x):
+        ...'''
+    )
+
+
+def test_the_command_line_says_what_it_can(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    assert {"--in-place", "--html", "--student"} <= set(capsys.readouterr().out.split())
+    assert sys.modules["run"].__doc__
