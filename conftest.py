@@ -16,4 +16,8 @@ def pytest_configure(config):
     os.environ.update(FLOW_DEVICE="cpu", FLOW_PROGRESS="0", FLOW_OUTPUT=output.name)
     os.environ.update(IPYTHONDIR=profile.name)
     os.environ.pop("FLOW_RETRAIN", None)
+    if getattr(config.option, "dist", "no") == "load":  # -n: a notebook's cells need one worker
+        config.option.dist = "loadfile"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by the workers
+        os.environ["OMP_NUM_THREADS"] = "1"
     import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)

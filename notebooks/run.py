@@ -20,7 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import helpers
+
+ROOT = helpers.ROOT
 HERE = ROOT / "notebooks"
 METADATA = {
     "accelerator": "GPU",
@@ -101,15 +104,7 @@ def write(notebook, path):
     import nbformat
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        nbformat.write(notebook, temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes the file private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    helpers._write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
 
 
 def fold(notebook):
