@@ -13,7 +13,8 @@ def pytest_configure(config):
     profile = tempfile.TemporaryDirectory(prefix="ipython-")  # not the user's settings
     config.add_cleanup(output.cleanup)
     config.add_cleanup(profile.cleanup)
-    os.environ.update(FLOW_DEVICE="cpu", FLOW_PROGRESS="0", FLOW_OUTPUT=output.name)
+    os.environ.setdefault("FLOW_DEVICE", "cpu")  # FLOW_DEVICE=cuda pytest tests: a real GPU
+    os.environ.update(FLOW_PROGRESS="0", FLOW_OUTPUT=output.name)
     os.environ.update(IPYTHONDIR=profile.name)
     os.environ.pop("FLOW_RETRAIN", None)
     if getattr(config.option, "dist", "no") == "load":  # -n: a notebook's cells need one worker

@@ -53,7 +53,7 @@ def execute(path):
         coalesce_streams=True,
         resources={"metadata": {"path": str(HERE)}},
         on_cell_start=report,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=CRITICAL"],
     )
     client.execute()
     return normalise(notebook)
@@ -131,22 +131,19 @@ def write_page(notebook, path):
     options = Config({"TagRemovePreprocessor": {"enabled": True}})
     options.TagRemovePreprocessor.remove_input_tags = {"source-in-details"}
     page, _ = HTMLExporter(config=options).from_notebook_node(fold(notebook))
-    path.write_text(page, encoding="utf-8")
+    helpers._write_atomically(path, page.encode())
 
 
 def emptied(source):
-    """An exercise's definition down to its signature, docstring and `...`."""
-    lines, (definition,) = source.splitlines(), ast.parse(source).body
-    first, *rest = definition.body
-    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    end = first.end_lineno if documented else first.lineno - 1
-    kept = lines[definition.lineno - 1 : end]
-    for inner in rest if isinstance(definition, ast.ClassDef) else []:
-        head = lines[inner.lineno - 1 : inner.body[0].lineno - 1]
-        kept += ["", *head, "        ..."]
-    if not isinstance(definition, ast.ClassDef):
-        kept.append("    ...")
-    return "\n".join(lines[: definition.lineno - 1] + kept)
+    """An exercise, one definition, down to its signatures and docstrings, each with `...`."""
+    tree = ast.parse(source)
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.ClassDef):
+        raise ValueError(f"an exercise must be one def or class and nothing else, got:\n{source}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            node.body = [*node.body[:documented], ast.Expr(ast.Constant(...))]
+    return ast.unparse(tree)
 
 
 def student(notebook):
@@ -185,8 +182,9 @@ def prepare(in_place, profile):
     output = os.environ.get("FLOW_OUTPUT") or ROOT / "build"
     output = ROOT if in_place else Path(output).expanduser().absolute()
     folder = HERE if in_place else output / "notebooks"
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # an OSError now, not after the first notebook
+    for place in (folder, output / "figures"):  # an error now, not after the first notebook
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
     os.environ.update(FLOW_OUTPUT=str(output), IPYTHONDIR=profile)
     os.environ.setdefault("FLOW_PROGRESS", "0")
     import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)
@@ -205,16 +203,19 @@ def main(arguments):
     paths = sorted(path for path in HERE.glob("0*.ipynb") if path.name.startswith(wanted))
     if not paths:
         sys.exit(f"no notebook in {HERE} begins with {' or '.join(options.names)}")
-    if options.student:
-        return hand_out(paths, options.student)
     try:
+        if options.student:
+            return hand_out(paths, options.student)
         with tempfile.TemporaryDirectory(prefix="ipython-") as profile:  # not the user's settings
             run(paths, prepare(options.in_place, profile), options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the notebook at hand was left as it was", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(f"cannot write ({error}); free or choose another folder by FLOW_OUTPUT")
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"cannot write ({error}); make it writable or name another by FLOW_OUTPUT")
+
+
+def stop():
+    """After Ctrl-C: all files are whole."""
+    print("\ninterrupted; the notebook at hand was left as it was", file=sys.stderr)
+    sys.exit(130)
 
 
 def run(paths, folder, options):
@@ -227,7 +228,11 @@ def run(paths, folder, options):
         print(f"{path.name} ...", end="", flush=True)
         try:
             notebook = execute(path)
+        except (KeyboardInterrupt, AssertionError):  # nbclient's, when Ctrl-C ends its kernel
+            stop()
         except CellExecutionError as error:
+            if error.ename == "KeyboardInterrupt":
+                stop()
             sys.exit(f" failed\n{path.name}: {error}")
         except DeadKernelError:
             sys.exit(f" failed\n{path.name}: the kernel died, perhaps for lack of memory")

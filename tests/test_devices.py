@@ -1,6 +1,8 @@
-"""Everything also runs on a device other than the CPU, here a pretended one."""
+"""Everything also runs on a device other than the CPU: a pretended one, or with FLOW_DEVICE=cuda
+or mps in the environment of pytest the real one."""
 
 import contextlib
+import os
 from itertools import pairwise
 
 import pytest
@@ -18,6 +20,9 @@ SMALL = (16, 16, 16)  # channels
 
 @pytest.fixture(params=["cuda", "mps"])
 def device(request, monkeypatch):
+    if os.environ["FLOW_DEVICE"].startswith(request.param):  # asked for: the real one
+        yield helpers.pick_device()
+        return
     monkeypatch.setenv("FLOW_DEVICE", request.param)
     with PretendedDevice(request.param):
         yield helpers.pick_device()

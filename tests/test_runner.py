@@ -1,6 +1,10 @@
 """notebooks/run.py on small notebooks: into build/ or in place, faults, pages, handing out."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -76,12 +80,26 @@ def test_a_fault_is_one_clear_line_and_leaves_the_file(source, message, home):
     assert [path.name for path in (home / "notebooks").iterdir()] == [NAME.name]
 
 
-def test_an_interruption_ends_with_130(home, monkeypatch, capsys):
-    monkeypatch.setattr(run, "execute", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit) as stop:
-        run.main([])
-    assert stop.value.code == 130
-    assert "left as it was" in capsys.readouterr().err
+def test_ctrl_c_ends_with_a_line_and_leaves_the_file(home):
+    """As a terminal sends it: to the runner and to its kernel."""
+    nbformat.write(small("import time\nprint('waiting')\ntime.sleep(60)"), home / NAME)
+    before = (home / NAME).read_bytes()
+    start = f"import sys; sys.path.insert(0, {str(Path(run.__file__).parent)!r}); import run; "
+    start += f"from pathlib import Path; run.HERE = Path({str(home / 'notebooks')!r}); run.main([])"
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"FLOW_OUTPUT": str(home / "build")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", start], start_new_session=True, env=environment, **options
+    )
+    while not list(home.glob("build/figures")):
+        time.sleep(0.2)
+    time.sleep(6)  # until the cell runs
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted; the notebook at hand was left as it was"
+    assert (home / NAME).read_bytes() == before
+    assert not list(home.glob("build/notebooks/*"))
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_first_cell(home, monkeypatch):
@@ -146,24 +164,31 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
 
 def test_an_exercise_that_is_a_class_keeps_its_methods():
     source = '''class Layer(Module):
-    """x + f(x)."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self): super().__init__()
 
     def forward(self, x):
-        return x'''
+        """x + f(x)."""
+        def inner(y):
+            return y
+        return inner(x)'''
     assert (
         run.emptied(source)
         == '''class Layer(Module):
-    """x + f(x)."""
 
     def __init__(self):
         ...
 
     def forward(self, x):
+        """x + f(x)."""
         ...'''
     )
+
+
+@pytest.mark.parametrize("source", ["x = 1", "import math\n\ndef f():\n    return 1"])
+def test_an_exercise_is_one_definition(source):
+    with pytest.raises(ValueError, match="one def or class and nothing else"):
+        run.emptied(source)
 
 
 def test_the_command_line_says_what_it_can(capsys):
