@@ -5,6 +5,7 @@ That the numbers in the outputs are true is checked by nbval, which runs every n
 
 import ast
 import base64
+import io
 import json
 import re
 import statistics
@@ -14,8 +15,10 @@ import IPython.display
 import pytest
 import run
 import torch
+from PIL import Image
 
 import helpers
+import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [
@@ -32,6 +35,7 @@ POINTS = {  # of the assignment, 25 in all
     "04": {"a": 1, "b": 3, "c": 1, "d": 1},
     "05": {"a": 3, "b": 3},
 }
+REWRITTEN = ("01",)  # held to how a notebook reads: printed widths, exercises
 PATHS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 PNGS = sorted((ROOT / "figures").glob("*.png"))
 
@@ -222,6 +226,27 @@ def test_captions(notebook):
     assert len(set(captions)) == len(captions)
 
 
+# How a rewritten notebook reads
+
+
+@pytest.mark.parametrize("number", REWRITTEN)
+def test_figures_are_as_wide_as_a_page_or_a_column(number):
+    (path,) = (path for path in PATHS if path.name.startswith(number))
+    widths = {Image.open(io.BytesIO(png)).width for png, _ in Notebook(path).images()}
+    assert widths <= {round(200 * width) for width in (plots.FULL, plots.HALF)}
+
+
+@pytest.mark.parametrize("number", REWRITTEN)
+def test_exercises_are_one_definition_each_and_the_claims_enough(number):
+    (path,) = (path for path in PATHS if path.name.startswith(number))
+    code = Notebook(path).code
+    exercises = [c["source"] for c in code if "exercise" in c["metadata"].get("tags", [])]
+    assert len(exercises) >= 3
+    assert all(run.emptied(source) != source for source in exercises)
+    assert sum(c["source"].count("claim(") for c in code) >= 5
+    assert not [c for c in code if re.search(r"^\s*assert ", c["source"], re.M)]
+
+
 # Weights
 
 
@@ -276,7 +301,7 @@ def test_one_address_everywhere():
         book = Notebook(path)
         ((address, name),) = re.findall(badge, book.cells[0]["source"])
         assert name == path.stem
-        assert f'"https://github.com/{address}"' in book.code[0]["source"]
+        assert f'https://github.com/{address}"' in book.code[0]["source"]
         assert f"{address}/blob/main/notebooks/{name}.ipynb" in readme
         addresses.add(address)
     assert len(addresses) <= 1

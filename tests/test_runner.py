@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 import run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_notebooks import REWRITTEN
 
 EXERCISE = '''def double(x):
     """Twice x."""
@@ -160,6 +162,20 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
         )
         nbformat.write(handed, home / NAME)
         assert said(run.execute(home / NAME))[1].startswith(f"{mark} double doubles")
+
+
+@pytest.mark.parametrize("number", REWRITTEN)
+def test_the_student_version_of_a_notebook_runs_to_its_end(number):
+    """With ✗ where an exercise is empty, and nowhere else."""
+    (path,) = run.HERE.glob(f"{number}_*.ipynb")
+    whole = nbformat.read(path, as_version=4)
+    tags = [cell.metadata.get("tags", []) for cell in whole.cells]
+    with tempfile.TemporaryDirectory() as folder:
+        write = Path(folder) / path.name
+        nbformat.write(run.student(whole), write)
+        texts = said(run.execute(write))
+    crosses = [line for text in texts for line in text.splitlines() if line.startswith("✗")]
+    assert len(crosses) == sum("exercise" in tag for tag in tags), crosses
 
 
 def test_an_exercise_that_is_a_class_keeps_its_methods():

@@ -70,7 +70,7 @@ def test_alone_it_says_what_to_do(tmp_path):
         [sys.executable, "-c", SETUP], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert "FileNotFoundError: open this notebook in a clone" in result.stderr.splitlines()[-1]
+    assert result.stderr.startswith("open this notebook in a clone")
 
 
 @pytest.fixture
