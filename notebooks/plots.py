@@ -650,8 +650,8 @@ def ou_collapse(paths):
     left.legend()
     right.set(
         xlabel=r"$\theta t$",
-        ylabel=r"$X_t / \sqrt{\sigma^2/(2\theta)}$",
-        title="rescaled: four curves in one",
+        ylabel=r"$X_t / \sqrt{v}$",
+        title=r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one",
     )
     return fig
 
@@ -678,7 +678,7 @@ def convergence_orders(steps, errors):
 
 def langevin(mixture, clouds, start):
     """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
-    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.4), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True, layout="constrained")
     side = torch.linspace(-3, 3, 81)
     height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
