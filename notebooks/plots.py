@@ -410,3 +410,361 @@ def _frame_plane(ax, limit):
     if limit is not None:
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
     return ax
+
+
+# ---------------------------------------------------------------------------------------
+# Notebook 01
+# ---------------------------------------------------------------------------------------
+
+_GREY = "#888888"
+_WRONG = "#CC3377"  # what a wrong program or a misprint gives
+
+
+def _normal(x, variance):
+    """The density of N(0, variance) at x, for drawing."""
+    return torch.exp(-(x**2) / (2 * variance)) / (2 * math.pi * variance) ** 0.5
+
+
+def ou_shared_noise(ts, xs, theta, sigma):
+    """1(d): paths xs (N+1, B) driven by one noise, over the band of +-2 stationary std."""
+    std = sigma / math.sqrt(2 * theta)
+    fig, ax = plt.subplots(figsize=(FULL, 2.5), layout="constrained")
+    ax.axhspan(-2 * std, 2 * std, color=_GREY, alpha=0.2, linewidth=0)
+    ax.plot(ts, xs, color=COLORS["model"], linewidth=0.9)
+    ax.plot(torch.zeros(xs.shape[1]), xs[0], "o", color=COLORS["model"], markersize=4)
+    ax.text(0.7, 4.6, f"{xs.shape[1]} starting points, the same shakes", color=COLORS["model"])
+    ax.text(
+        ts[-1] - 0.1,
+        2 * std + 0.2,
+        "one path: the start is forgotten",
+        ha="right",
+        color=COLORS["model"],
+    )
+    ax.text(
+        ts[-1] - 0.1,
+        -2 * std - 0.2,
+        r"grey: $\pm2$ standard deviations, in the long run",
+        ha="right",
+        va="top",
+        color="#555555",
+    )
+    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.1, ts[-1]), ylim=(-6.6, 6.6))
+    return fig
+
+
+def langevin_factor(ts, right, printed, exact):
+    """1(a): paths (N+1, B) under the right and the printed drift; exact: the latter's variance."""
+    fig, (left, ax) = plt.subplots(1, 2, figsize=(FULL, 2.5), layout="constrained")
+    names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
+    x = torch.linspace(-7, 7, 300)
+    looks = (right, COLORS["model"]), (printed, _WRONG)
+    for (xs, color), name, curve in zip(looks, names, (exact[0] + 0 * exact, exact), strict=True):
+        left.plot(ts, curve, color=COLORS["exact"], linewidth=0.9)
+        left.plot(ts[::25], xs[::25].var(dim=1), "o", color=color, markersize=3.5, label=name)
+        ax.hist(xs[-1], bins=50, range=(-7, 7), density=True, histtype="step", color=color)
+        ax.plot(x, _normal(x, curve[-1]), color=COLORS["exact"], linewidth=0.9)
+    left.plot([], [], color=COLORS["exact"], linewidth=0.9, label="exact")
+    left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * exact[0]))
+    left.legend(loc="upper left")
+    ax.text(
+        0.97,
+        0.9,
+        "right factor:\nkeeps $p$",
+        transform=ax.transAxes,
+        ha="right",
+        va="top",
+        color=COLORS["model"],
+    )
+    ax.text(0.03, 0.9, "as printed", transform=ax.transAxes, va="top", color=_WRONG)
+    ax.set(
+        xlabel="$x$",
+        ylabel="density at the end",
+        xlim=(-7, 7),
+        ylim=(0, 1.6 * _normal(torch.zeros(()), exact[[0, -1]].min())),
+    )
+    return fig
+
+
+def solver_steps(fine_ts, fine, ts, xs):
+    """1(b): a coarse path xs (n+1,) over a fine one, on the same Brownian motion."""
+    fig, ax = plt.subplots(figsize=(FULL, 2.2), layout="constrained")
+    ax.plot(fine_ts, fine, color=COLORS["exact"], linewidth=0.8, label=f"{len(fine) - 1} steps")
+    ax.plot(ts, xs, "o-", color=COLORS["model"], markersize=4, label=f"{len(xs) - 1} steps")
+    ax.legend(loc="upper right", title="Euler–Maruyama, same noise")
+    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, 1), ylim=(-2.5, 4.5))
+    return fig
+
+
+def brownian_paths(ts, runs):
+    """1(c): runs {sigma: paths (N+1, B)}, with the band +-2 sigma sqrt(t)."""
+    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 2.3), sharey=True, layout="constrained")
+    for ax, (sigma, xs) in zip(axes, runs.items(), strict=True):
+        edge = 2 * sigma * ts.sqrt()
+        ax.fill_between(ts, -edge, edge, color=_GREY, alpha=0.2, linewidth=0)
+        ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
+        ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
+    axes[0].set_ylabel("$X_t$")
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma\sqrt{t}$", color="#555555")
+    return fig
+
+
+def brownian_refined(ts, x):
+    """1(c): one path x (n+1,) on the grid ts; its length and its sum of squared steps up to t."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.3), layout="constrained")
+    left.plot(ts, x, ".-", color=COLORS["model"], markersize=3, linewidth=0.7)
+    left.set(
+        xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps", xlim=(0, 1), ylim=(-1.2, 1.2)
+    )
+    step = x.diff()
+    for sums, color, name, at in (
+        (step.abs().cumsum(0), COLORS["noise"], "length of the path", "bottom"),
+        (step.square().cumsum(0), COLORS["data"], "sum of squared steps", "top"),
+    ):
+        right.semilogy(ts[1:], sums, color=color)
+        y = sums[-1] * 1.3 if at == "bottom" else 0.03
+        right.text(0.98, y, name, color=color, ha="right", va="bottom")
+    right.semilogy((0, 1), (1, 1), "--", color=COLORS["exact"], linewidth=0.8)
+    right.text(0.02, 1.1, "1", va="bottom")
+    right.set(xlabel="$t$", title="what the steps add up to", xlim=(0, 1), ylim=(0.02, 200))
+    return fig
+
+
+def ou_paths(ts, runs, moments):
+    """1(d): {(theta, sigma): paths (N+1, B)}, a row a theta, with mean and variance alike."""
+    fig, axes = plt.subplots(
+        2, 3, figsize=(FULL, 3.7), sharex=True, sharey=True, layout="constrained"
+    )
+    for ax, ((theta, sigma), xs) in zip(axes.flat, runs.items(), strict=True):
+        mean, variance = moments[theta, sigma]
+        low, high = mean[:, 0] - 2 * variance[:, 0].sqrt(), mean[:, -1] + 2 * variance[:, 0].sqrt()
+        ax.fill_between(ts, low, high, color=_GREY, alpha=0.2, linewidth=0)
+        ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
+        ax.plot(ts, mean, color=COLORS["exact"], linestyle=":", linewidth=0.8)
+        ratio = sigma**2 / (2 * theta)
+        ax.set_title(
+            rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: "
+            rf"$\sigma^2\!/(2\theta) = {ratio:g}$"
+        )
+        ax.set(xlim=(0, ts[-1]), ylim=(-7, 7))
+        end = "a point" if sigma == 0 else "a distribution"
+        ax.text(0.97, 0.04, end, transform=ax.transAxes, ha="right")
+    axes[0, 0].text(
+        0.97, 0.93, "dotted: exact mean", transform=axes[0, 0].transAxes, ha="right", va="top"
+    )
+    axes[0, 1].text(
+        0.97,
+        0.93,
+        "grey: mean ± 2 std",
+        transform=axes[0, 1].transAxes,
+        ha="right",
+        va="top",
+        color="#555555",
+    )
+    for ax in axes[1]:
+        ax.set_xlabel("$t$")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("$X_t$")
+    return fig
+
+
+def ou_convergence(points):
+    """1(d): {theta: (times, mean left, error, variance missing, error)}, with e^(-rate t)."""
+    fig, axes = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True, layout="constrained")
+    t = torch.linspace(0, 2.3, 50)
+    for (theta, (times, *rows)), color in zip(
+        points.items(), (COLORS["noise"], COLORS["data"]), strict=True
+    ):
+        for k, ax in enumerate(axes):
+            value, error = rows[2 * k], rows[2 * k + 1]
+            ax.semilogy(t, torch.exp(-(k + 1) * theta * t), color=color, linewidth=0.8)
+            ax.errorbar(times, value, 2 * error, fmt="o", color=color, markersize=3, capsize=2)
+            rate = r"\theta " if k == 0 else r"2\theta "
+            ax.plot(
+                [],
+                [],
+                "o-",
+                color=color,
+                markersize=3,
+                label=rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$",
+            )
+    for ax in axes:
+        ax.legend(loc="upper right")
+        ax.set(xlabel="$t$", xlim=(0, 2.2), ylim=(0.05, 2.5))
+    axes[0].set_ylabel("what is left")
+    axes[0].set_title("of the starting point: $m_t / X_0$")
+    axes[1].set_title(r"of the missing variance: $1 - s_t^2/v$")
+    return fig
+
+
+def ou_laboratory(ts, xs, limit, solver):
+    """1(d): paths (N+1, B), twenty of them drawn, and their end histogram over the limit law.
+
+    limit: variance of the exact limit; solver: of the solver's own, inf beyond its stability.
+    """
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(FULL, 2.6), sharey=True, layout="constrained", width_ratios=(3, 1.4)
+    )
+    xs = xs.nan_to_num(99.0).clamp(-99, 99)
+    left.plot(ts, xs[:, :20], color=COLORS["model"], linewidth=0.7)
+    left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, ts[-1]), ylim=(-8, 8))
+    left.set_title(
+        f"20 paths, $h$ = {ts[1]:.2g}"
+        if math.isfinite(solver)
+        else f"$h$ = {ts[1]:.2g}: the solver is unstable"
+    )
+    y = torch.linspace(-8, 8, 300)
+    right.hist(
+        xs[-1],
+        bins=64,
+        range=(-8, 8),
+        density=True,
+        orientation="horizontal",
+        color=COLORS["model"],
+        alpha=0.5,
+        label="end points",
+    )
+    if limit > 0:
+        right.plot(_normal(y, limit), y, color=COLORS["exact"], label="exact limit")
+        if math.isfinite(solver):
+            right.plot(_normal(y, solver), y, "--", color=_WRONG, label="solver's limit")
+    right.set(xlabel="density", xlim=(0, 0.8))
+    right.legend(loc="upper right")
+    return fig
+
+
+def ou_collapse(paths):
+    """1(d): {(theta, sigma): (ts, x)}, as they are and in units of 1/theta and sqrt(v)."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    looks = zip(
+        paths.items(),
+        (COLORS["noise"], COLORS["data"], COLORS["model"], "#000000"),
+        (5.5, 3.8, 2.2, 0.8),
+        strict=True,
+    )
+    for ((theta, sigma), (ts, x)), color, width in looks:
+        unit = sigma / math.sqrt(2 * theta)
+        name = rf"$\theta = {theta:g},\ \sigma = {sigma:g}$"
+        left.plot(ts, x, color=color, linewidth=0.9, label=name)
+        right.plot(theta * ts, x / unit, color=color, linewidth=width)
+    left.set(xlabel="$t$", ylabel="$X_t$", title="four processes, the same noise")
+    left.legend()
+    right.set(
+        xlabel=r"$\theta t$",
+        ylabel=r"$X_t / \sqrt{v}$",
+        title=r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one",
+    )
+    return fig
+
+
+def convergence_orders(steps, errors):
+    """1(b), deeper: {name: (errors (K,), standard errors, order)} against the step sizes."""
+    fig, ax = plt.subplots(figsize=(FULL, 2.8), layout="constrained")
+    colors = COLORS["data"], COLORS["model"], COLORS["noise"]
+    for (name, (error, bar, order)), color, marker in zip(
+        errors.items(), colors, "s^o", strict=True
+    ):
+        ax.errorbar(steps, error, 2 * bar, fmt=marker, color=color, markersize=4, capsize=2)
+        ax.loglog(steps, error[-1] * (steps / steps[-1]) ** order, color=color, linewidth=0.8)
+        slope = {0.5: "½"}.get(order, f"{order:g}")
+        lift, side = (1.9, "right") if order == 0.5 else (0.45, "left")
+        ax.text(
+            steps[3], lift * error[3], f"{name}: slope {slope}", color=color, ha=side, va="center"
+        )
+    ax.set(xlabel="step $h$", ylabel="effect of halving $h$", xscale="log", yscale="log")
+    ax.set_xticks(steps.tolist(), [f"1/{round(1 / h)}" for h in steps.tolist()])
+    ax.minorticks_off()
+    return fig
+
+
+def langevin(mixture, clouds, start):
+    """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
+    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True, layout="constrained")
+    side = torch.linspace(-3, 3, 81)
+    height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
+    for ax, (t, points) in zip(axes, clouds.items(), strict=True):
+        ax.scatter(*points.T, s=2, color=COLORS["model"], rasterized=True)
+        ax.contour(
+            side, side, height, levels=(0.02, 0.08, 0.2), colors=COLORS["exact"], linewidths=0.7
+        )
+        ax.plot(*start, "*", color=COLORS["data"], markersize=9)
+        ax.set(title=f"$t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    axes[0].text(-2.8, 2.3, "star: all start here", color=COLORS["data"])
+    axes[1].text(-2.8, 2.3, "dots: particles", color=COLORS["model"])
+    axes[2].text(-2.8, 2.3, "lines: target density")
+    for ax in axes:
+        ax.set_xlabel("$x_1$")
+    axes[0].set_ylabel("$x_2$")
+    return fig
+
+
+def fokker_planck(laws, snapshots):
+    """Beyond: snapshots {t: points (N,)} as histograms with error bars, laws {t: mixture} exact."""
+    fig, axes = plt.subplots(1, len(laws), figsize=(FULL, 2.2), sharey=True, layout="constrained")
+    grid, edges = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25)
+    for ax, (t, law) in zip(axes, laws.items(), strict=True):
+        x = snapshots[t]
+        counts, width = torch.histc(x, 24, -3, 3), 0.25
+        bar = 2 * (counts * (1 - counts / len(x))).sqrt() / (len(x) * width)
+        ax.errorbar(
+            (edges[1:] + edges[:-1]) / 2,
+            counts / (len(x) * width),
+            bar,
+            fmt=".",
+            color=COLORS["model"],
+            label="simulated paths",
+        )
+        ax.plot(
+            grid,
+            law.log_prob(grid[:, None]).exp(),
+            color=COLORS["exact"],
+            linewidth=0.9,
+            label="equation's density",
+        )
+        ax.set(xlabel="$x$", title=f"$t = {t:g}$", ylim=(0, 0.6))
+    axes[0].set_ylabel("density of $X_t$")
+    axes[0].legend(loc="upper left")
+    return fig
+
+
+def time_reversal(density, returned):
+    """Beyond: returned {name: points (N,)} against the density of the data, a function of x."""
+    fig, axes = plt.subplots(
+        1, len(returned), figsize=(FULL, 2.2), sharey=True, layout="constrained"
+    )
+    grid = torch.linspace(-6, 6, 400)
+    for ax, (name, x) in zip(axes, returned.items(), strict=True):
+        weights = torch.full((len(x),), 1 / (len(x) * 0.24))
+        ax.hist(
+            x,
+            bins=50,
+            range=(-6, 6),
+            weights=weights,
+            color=COLORS["model"],
+            alpha=0.5,
+            label="came back",
+        )
+        ax.plot(grid, density(grid), color=COLORS["data"], linewidth=1, label="the data")
+        ax.set(title=name, xlabel="$x$", ylim=(0, 0.75))
+    axes[0].set_ylabel("density")
+    axes[0].legend(loc="upper right")
+    return fig
+
+
+def broken_programs(first, second):
+    """Test yourself: paths (N+1, B) of two wrong programs, over the bands that are right.
+
+    first: {N: (ts, xs)}; second: (ts, xs, std that it should have).
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3), layout="constrained")
+    for ax, (n, (grid, xs)) in zip(axes[:2], first.items(), strict=True):
+        ax.plot(grid, xs, color=_WRONG, linewidth=0.7)
+        for sign in (-2, 2):
+            ax.plot(grid, sign * grid.sqrt(), color=COLORS["exact"], linewidth=1)
+        ax.set(title=f"program A, {n} steps", xlabel="$t$", xlim=(0, 1), ylim=(-70, 70))
+    grid, xs, std = second
+    axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
+    axes[2].hlines((-2 * std, 2 * std), 0, grid[-1], color=COLORS["exact"], linewidth=1)
+    axes[2].set(title=r"program B, $\theta = 1$, $\sigma = 2$", xlabel="$t$", xlim=(0, grid[-1]))
+    axes[0].text(0.03, -65, "black: 95 % should\nstay between")
+    axes[0].set_ylabel("$X_t$")
+    return fig
