@@ -448,7 +448,7 @@ def ou_shared_noise(ts, xs, theta, sigma):
         va="top",
         color="#555555",
     )
-    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.1, ts[-1]), ylim=(-6.6, 6.6))
+    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.1, float(ts[-1])), ylim=(-6.6, 6.6))
     return fig
 
 
@@ -464,7 +464,7 @@ def langevin_factor(ts, right, printed, exact):
         ax.hist(xs[-1], bins=50, range=(-7, 7), density=True, histtype="step", color=color)
         ax.plot(x, _normal(x, curve[-1]), color=COLORS["exact"], linewidth=0.9)
     left.plot([], [], color=COLORS["exact"], linewidth=0.9, label="exact")
-    left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * exact[0]))
+    left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * float(exact[0])))
     left.legend(loc="upper left")
     ax.text(
         0.97,
@@ -480,7 +480,7 @@ def langevin_factor(ts, right, printed, exact):
         xlabel="$x$",
         ylabel="density at the end",
         xlim=(-7, 7),
-        ylim=(0, 1.6 * _normal(torch.zeros(()), exact[[0, -1]].min())),
+        ylim=(0, 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))),
     )
     return fig
 
@@ -545,7 +545,7 @@ def ou_paths(ts, runs, moments):
             rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: "
             rf"$\sigma^2\!/(2\theta) = {ratio:g}$"
         )
-        ax.set(xlim=(0, ts[-1]), ylim=(-7, 7))
+        ax.set(xlim=(0, float(ts[-1])), ylim=(-7, 7))
         end = "a point" if sigma == 0 else "a distribution"
         ax.text(0.97, 0.04, end, transform=ax.transAxes, ha="right")
     axes[0, 0].text(
@@ -606,7 +606,7 @@ def ou_laboratory(ts, xs, limit, solver):
     )
     xs = xs.nan_to_num(99.0).clamp(-99, 99)
     left.plot(ts, xs[:, :20], color=COLORS["model"], linewidth=0.7)
-    left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, ts[-1]), ylim=(-8, 8))
+    left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, float(ts[-1])), ylim=(-8, 8))
     left.set_title(
         f"20 paths, $h$ = {ts[1]:.2g}"
         if math.isfinite(solver)
@@ -764,7 +764,9 @@ def broken_programs(first, second):
     grid, xs, std = second
     axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
     axes[2].hlines((-2 * std, 2 * std), 0, grid[-1], color=COLORS["exact"], linewidth=1)
-    axes[2].set(title=r"program B, $\theta = 1$, $\sigma = 2$", xlabel="$t$", xlim=(0, grid[-1]))
+    axes[2].set(
+        title=r"program B, $\theta = 1$, $\sigma = 2$", xlabel="$t$", xlim=(0, float(grid[-1]))
+    )
     axes[0].text(0.03, -65, "black: 95 % should\nstay between")
     axes[0].set_ylabel("$X_t$")
     return fig
