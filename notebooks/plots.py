@@ -617,7 +617,7 @@ def ou_laboratory(ts, xs, limit, solver):
         xs[-1],
         bins=64,
         range=(-8, 8),
-        density=True,
+        weights=torch.full_like(xs[-1], 4 / xs.shape[1]),
         orientation="horizontal",
         color=COLORS["model"],
         alpha=0.5,
