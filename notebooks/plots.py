@@ -5,6 +5,7 @@ FULL or HALF is a printed page's or column's, saved at its natural size.
 """
 
 import base64
+import csv
 import html
 import inspect
 import io
@@ -63,20 +64,30 @@ def save_animation(frames, name, *, milliseconds):
 def save_table(rows, name, caption):
     """Print a table, and write it as <name>.tex (booktabs) and <name>.csv beside the figures.
 
-    rows: dicts of one set of keys, the titles of the columns; cells are text or numbers.
+    rows: dicts of one set of keys, the titles of the columns; cells are text or numbers, and
+    mathematics is between dollar signs.
     """
-    if not rows or any(row.keys() != rows[0].keys() for row in rows):
+    named = rows and all(isinstance(row, dict) for row in rows)
+    if not named or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError("rows must be dicts, at least one, all with the same keys")
     lines = [list(rows[0])] + [[str(cell) for cell in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
-    head, *body = [" & ".join(re.sub(r"([%&#_])", r"\\\1", c) for c in line) for line in lines]
+    head, *body = [" & ".join(_escape(cell) for cell in line) for line in lines]
     tex = ["% " + caption, rf"\begin{{tabular}}{{{'r' * len(widths)}}}", r"\toprule"]
     tex += [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body), r"\bottomrule"]
     text = "\n".join([*tex, r"\end{tabular}", ""])
-    csv = "".join(",".join(line) + "\n" for line in lines)
-    _write_figures({f"{name}.tex": text.encode(), f"{name}.csv": csv.encode()})
+    sheet = io.StringIO()
+    csv.writer(sheet, lineterminator="\n").writerows(lines)
+    _write_figures({f"{name}.tex": text.encode(), f"{name}.csv": sheet.getvalue().encode()})
+
+
+def _escape(text):
+    """Text for LaTeX: its special characters outside of dollar signs escaped."""
+    parts = text.split("$")
+    parts[::2] = [re.sub(r"([%&#_])", r"\\\1", part) for part in parts[::2]]
+    return "$".join(parts)
 
 
 def _save(fig, name):
@@ -101,12 +112,17 @@ def _save(fig, name):
     return png.getvalue(), difference
 
 
+def _plain(caption):
+    """A caption without its dollar signs, for whoever hears it read."""
+    return re.sub(r"\$([^$]*)\$", r"\1", caption)
+
+
 def _show(png, caption, difference, extra=()):
     """Display a picture, with its width on the page and its text, and the caption below it."""
     from IPython.display import Markdown, display
 
     image = Image.open(io.BytesIO(png))
-    meta = {"alt": re.sub(r"\$([^$]*)\$", r"\1", caption)}
+    meta = {"alt": _plain(caption)}
     if "dpi" in image.info:  # of natural size
         meta["width"] = round(image.width * 96 / DPI)
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": caption, **dict(extra)}
@@ -204,15 +220,15 @@ def _first_difference(old, new, where):
     """The place of the first difference of two nested values, numbers by more than 1/200."""
     if isinstance(old, dict) and old.keys() == getattr(new, "keys", list)():
         return next(filter(None, (_first_difference(old[k], new[k], k) for k in old)), "")
+    if where == "limits":  # in units of the axes
+        units = [abs(old[1] - old[0])] * 2 + [abs(old[3] - old[2])] * 2
+        old, new = ([v / unit for v, unit in zip(vs, units, strict=True)] for vs in (old, new))
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new):
             return f"{where}: {len(new)} for {len(old)}"
-        scale = max([abs(v) for v in old if isinstance(v, float)] + [1]) if "limit" in where else 1
-        pairs = (
-            (a / scale, b / scale) if isinstance(a, float) and isinstance(b, float) else (a, b)
-            for a, b in zip(old, new, strict=True)
-        )
-        return next(filter(None, (_first_difference(a, b, where) for a, b in pairs)), "")
+        inside = "limit" if where == "limits" else where
+        pairs = zip(old, new, strict=True)
+        return next(filter(None, (_first_difference(a, b, inside) for a, b in pairs)), "")
     if isinstance(old, int | float) and isinstance(new, int | float):
         return f"{where}: {new:g} for {old:g}" if abs(old - new) > 1 / 200 else ""
     return "" if old == new else f"{where}: {new!r} for {old!r}"
@@ -241,6 +257,7 @@ def play(draw, name, caption, **controls):
     for key, control in controls.items():
         choice = isinstance(control, list) and control
         numbers = isinstance(control, tuple) and len(control) == 4
+        numbers = numbers and all(isinstance(v, int | float) for v in control) and control[3] > 0
         if not choice and not (numbers and control[1] <= control[0] <= control[2]):
             raise ValueError(
                 f"{key} must be (start, low, high, step) with low <= start <= high, or a list of "
@@ -264,7 +281,7 @@ def _sliders(draw, caption, png, controls):
         encoded = base64.b64encode(png).decode()
         width = round(Image.open(io.BytesIO(png)).width * 96 / DPI)
         source = f"data:image/png;base64,{encoded}"
-        return f'<img alt="{html.escape(caption)}" width="{width}" src="{source}">'
+        return f'<img alt="{html.escape(_plain(caption))}" width="{width}" src="{source}">'
 
     def redraw(change):
         try:
@@ -320,7 +337,7 @@ def watch(draw, every):
 def plot_paths(ts, xs, ax, **style):
     """Draw scalar trajectories xs (N+1, B) against ts (N+1,)."""
     style = {"color": COLORS["model"], "linewidth": 0.8, "alpha": 0.8} | style
-    ax.plot(ts.cpu(), xs.cpu(), rasterized=xs.shape[1] > 20, **style)
+    ax.plot(ts.detach().cpu(), xs.detach().cpu(), rasterized=xs.shape[1] > 20, **style)
     ax.set_xlabel("$t$")
     return ax
 

@@ -2,9 +2,9 @@
 
 Usage: python tests/browser.py [--screenshots FOLDER] [01 03 ...]
 Works on a copy of the repository. For each notebook: opens it, runs all cells, and checks that
-no cell failed, that progress bars appeared if the notebook trains, and that they left nothing
-behind. Needs Chromium and the package playwright; exits with 77 and the reason if one is
-missing.
+no cell failed, that progress bars appeared if the notebook trains, that they left nothing
+behind, and that every slider, moved by the keyboard, changes its picture. Needs Chromium and
+the package playwright; exits with 77 and the reason if one is missing.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINS = {"03", "05"}  # notebooks with live training cells
-TOKEN = "browser-test"
+TOKEN = secrets.token_hex(16)
 
 # The whole notebook as JSON: the page itself holds only the cells that are in view.
 CONTENT = "JSON.stringify(jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON())"
@@ -96,6 +97,35 @@ def run_all(page, address, name, limit):
     return json.loads(page.evaluate(CONTENT)), seen
 
 
+def move_sliders(page):
+    """Move each slider by the keyboard and open each choice; how many changed their picture.
+
+    Returns (controls found, pictures that changed)."""
+    found = changed = 0
+    page.locator(".jp-WindowedPanel-outer").first.hover()
+    for _ in range(400):  # the page holds only the cells that are in view
+        while (view := page.locator(".widget-vbox:not([data-moved])").first).count():
+            number = str(found)  # a mark that outlives the first of the list
+            view.evaluate("(view, n) => view.setAttribute('data-moved', n)", number)
+            view = page.locator(f".widget-vbox[data-moved='{number}']")
+            for control in view.locator(".noUi-handle, select").all():
+                found += 1
+                before = view.locator("img").get_attribute("src")
+                control.focus()
+                control.press(
+                    "ArrowDown" if control.evaluate("c => c.tagName") == "SELECT" else "ArrowRight"
+                )
+                end = time.monotonic() + 20
+                while time.monotonic() < end:
+                    if view.locator("img").get_attribute("src") != before:
+                        changed += 1
+                        break
+                    time.sleep(0.2)
+        page.mouse.wheel(0, 400)
+        time.sleep(0.05)
+    return found, changed
+
+
 def faults(content, name, seen):
     """What is wrong with an executed notebook, as sentences."""
     code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
@@ -140,9 +170,15 @@ def main():
                 page = browser.new_page(viewport={"width": 1300, "height": 1000})
                 start = time.monotonic()
                 content, seen = run_all(page, address, name, arguments.limit)
+                controls, changed = move_sliders(page)
                 found = faults(content, name, seen)
+                if changed < controls:
+                    found.append(f"{name}: {controls - changed} controls change no picture")
                 bar = "progress bar seen" if seen else "no progress bar"
-                print(f"{name}: {time.monotonic() - start:.0f} s, {bar}, {len(found)} faults")
+                print(
+                    f"{name}: {time.monotonic() - start:.0f} s, {bar}, "
+                    f"{changed} of {controls} controls move, {len(found)} faults"
+                )
                 if arguments.screenshots:
                     arguments.screenshots.mkdir(parents=True, exist_ok=True)
                     page.screenshot(path=arguments.screenshots / f"{name}.png")

@@ -202,12 +202,12 @@ def test_the_style_is_ours_whatever_the_users_is():
 # Comparison with the committed figure
 
 
-def curve(color="C0", label="x", shift=0.0):
+def curve(color="C0", label="x", shift=0.0, limit=1):
     fig, ax = plt.subplots(figsize=(HALF, 2))
     ax.plot(np.linspace(0, 1, 50), np.linspace(0, 1, 50) ** 2 + shift, color=color)
     ax.scatter([0.1, 0.9], [0.5, 0.5], color="C1")
     ax.imshow([[0.0, 1.0]], extent=(0, 0.1, 0, 0.1))
-    ax.set(xlabel=label, xlim=(0, 1), ylim=(0, 1))
+    ax.set(xlabel=label, xlim=(0, limit), ylim=(0, 1))
     return fig
 
 
@@ -219,6 +219,7 @@ def curve(color="C0", label="x", shift=0.0):
         ({"shift": 0.02}, "artists: 0."),
         ({"color": "C3"}, "'#d62728' for '#1f77b4'"),
         ({"label": "y"}, "texts: 'y' for 'x'"),
+        ({"limit": 1.1}, "limit: 1.1 for 1"),
     ],
 )
 def test_another_figure_than_the_committed_one_is_named(
@@ -257,8 +258,15 @@ def test_a_table_is_printed_and_written(figures, shown, capsys):
     tex = (figures / "3d_table.tex").read_text()
     assert "n\\_t & error \\\\\n\\midrule\n1 & 10\\% \\\\" in tex
     assert (figures / "3d_table.csv").read_text() == "n_t,error\n1,10%\n20,5%\n"
-    with pytest.raises(ValueError, match="same keys"):
-        save_table([{"a": 1}, {"b": 1}], "3d_table", "")
+    for wrong in ([{"a": 1}, {"b": 1}], [[1, 2]], []):
+        with pytest.raises(ValueError, match="same keys"):
+            save_table(wrong, "3d_table", "")
+
+
+def test_a_table_keeps_its_mathematics_and_its_commas(figures, shown):
+    save_table([{"$\\sigma_t$": "1,5", "n_t": 2}], "5b_table", "By sigma.")
+    assert "$\\sigma_t$ & n\\_t" in (figures / "5b_table.tex").read_text()
+    assert '"1,5",2' in (figures / "5b_table.csv").read_text()
 
 
 # Sliders
@@ -299,7 +307,9 @@ def test_a_reader_moves_a_slider(figures, shown, monkeypatch):
     assert "ZeroDivisionError" in picture.value
 
 
-@pytest.mark.parametrize("control", [(1, 2), (5, 0, 1, 1), [], 3])
+@pytest.mark.parametrize(
+    "control", [(1, 2), (5, 0, 1, 1), (0, 0, 1, 0), ("0", "0", "1", "1"), [], 3]
+)
 def test_a_control_that_is_none_is_refused(control, figures, shown):
     with pytest.raises(ValueError, match="shift must be"):
         play(shifted, "1d_test", "A.", shift=control)
