@@ -98,7 +98,7 @@ def run_all(page, address, name, limit):
 
 
 def move_sliders(page):
-    """Move each slider by the keyboard and open each choice; how many changed their picture.
+    """Move each slider by the keyboard and make each choice; how many changed their picture.
 
     Returns (controls found, pictures that changed)."""
     found = changed = 0
@@ -111,10 +111,11 @@ def move_sliders(page):
             for control in view.locator(".noUi-handle, select").all():
                 found += 1
                 before = view.locator("img").get_attribute("src")
-                control.focus()
-                control.press(
-                    "ArrowDown" if control.evaluate("c => c.tagName") == "SELECT" else "ArrowRight"
-                )
+                if control.evaluate("control => control.tagName") == "SELECT":
+                    control.select_option(index=1)
+                else:
+                    control.focus()
+                    control.press("ArrowRight")
                 end = time.monotonic() + 20
                 while time.monotonic() < end:
                     if view.locator("img").get_attribute("src") != before:
@@ -170,6 +171,9 @@ def main():
                 page = browser.new_page(viewport={"width": 1300, "height": 1000})
                 start = time.monotonic()
                 content, seen = run_all(page, address, name, arguments.limit)
+                if arguments.screenshots:
+                    arguments.screenshots.mkdir(parents=True, exist_ok=True)
+                    page.screenshot(path=arguments.screenshots / f"{name}.png")
                 controls, changed = move_sliders(page)
                 found = faults(content, name, seen)
                 if changed < controls:
@@ -179,9 +183,6 @@ def main():
                     f"{name}: {time.monotonic() - start:.0f} s, {bar}, "
                     f"{changed} of {controls} controls move, {len(found)} faults"
                 )
-                if arguments.screenshots:
-                    arguments.screenshots.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(path=arguments.screenshots / f"{name}.png")
                 page.close()
                 wrong += found
         finally:
