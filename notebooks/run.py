@@ -225,7 +225,6 @@ def run(paths, folder, options):
     start = time.perf_counter()
     for path in paths:
         begin = time.perf_counter()
-        print(f"{path.name} ...", end="", flush=True)
         try:
             notebook = execute(path)
         except (KeyboardInterrupt, AssertionError):  # nbclient's, when Ctrl-C ends its kernel
@@ -233,14 +232,15 @@ def run(paths, folder, options):
         except CellExecutionError as error:
             if error.ename == "KeyboardInterrupt":
                 stop()
-            sys.exit(f" failed\n{path.name}: {error}")
+            sys.exit(f"failed\n{path.name}: {error}")
         except DeadKernelError:
-            sys.exit(f" failed\n{path.name}: the kernel died, perhaps for lack of memory")
+            sys.exit(f"failed\n{path.name}: the kernel died, perhaps for lack of memory")
         same = verdict(notebook, HERE / path.name)
         write(notebook, folder / path.name)
         if options.html:
             write_page(notebook, folder / f"{path.stem}.html")
-        print(f"\r{path.name} {time.perf_counter() - begin:.0f} s{same}", flush=True)
+        back = "\r" if sys.stdout.isatty() else ""
+        print(f"{back}{path.name} {time.perf_counter() - begin:.0f} s{same}", flush=True)
     print(f"{len(paths)} notebooks in {time.perf_counter() - start:.0f} s, in {folder}")
     print(f"to read them: jupyter lab {folder}")
 
