@@ -270,6 +270,16 @@ def play(draw, name, caption, **controls):
     _show(png, caption, difference, _sliders(draw, caption, png, controls) if _live() else {})
 
 
+def _png(fig, dpi):
+    """The PNG bytes of a figure that is shown and not saved; closes it, whatever happens."""
+    drawn = io.BytesIO()
+    try:
+        fig.savefig(drawn, format="png", dpi=dpi)
+    finally:
+        plt.close(fig)
+    return drawn.getvalue()
+
+
 def _sliders(draw, caption, png, controls):
     """The widget of a play: sliders over a picture that they redraw; {} without ipywidgets."""
     try:
@@ -285,10 +295,8 @@ def _sliders(draw, caption, png, controls):
 
     def redraw(change):
         try:
-            fig, drawn = draw(**{key: box.value for key, box in boxes.items()}), io.BytesIO()
-            fig.savefig(drawn, format="png", dpi=DPI)
-            plt.close(fig)
-            picture.value = embedded(drawn.getvalue())
+            fig = draw(**{key: box.value for key, box in boxes.items()})
+            picture.value = embedded(_png(fig, DPI))
         except Exception as error:  # a callback's error would be silent
             picture.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
 
@@ -320,10 +328,7 @@ def watch(draw, every):
 
     def on_step(step, losses, model):
         if step % every == 0:
-            fig, drawn = draw(step, losses, model), io.BytesIO()
-            fig.savefig(drawn, format="png", dpi=100)
-            plt.close(fig)
-            png = base64.b64encode(drawn.getvalue()).decode()
+            png = base64.b64encode(_png(draw(step, losses, model), 100)).decode()
             handle.update({"image/png": png, "text/plain": f"step {step}"}, raw=True)
 
     return on_step
