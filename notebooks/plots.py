@@ -13,12 +13,15 @@ import json
 import math
 import re
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
+from matplotlib.quiver import Quiver
+from matplotlib.ticker import LogFormatter, ScalarFormatter
 from PIL import Image, PngImagePlugin
 
 import helpers
@@ -151,50 +154,67 @@ def _write_figures(files):
 def describe(fig):
     """What a figure shows, as plain values: texts, and of each axes its limits and artists.
 
-    An artist is its kind, its colours, and five quantiles of its data in each coordinate, in
-    units of the axis.
+    An artist is its kind, its colours and style, and five quantiles of its data in each
+    coordinate, in units of the axis.
     """
-    return {
-        "texts": sorted(t for ax in fig.axes for t in _texts(ax)),
-        "axes": [_describe_axes(ax) for ax in fig.axes],
-    }
+    whole = [*fig.texts, *(text for legend in fig.legends for text in legend.texts)]
+    texts = [text.get_text() for text in whole] + [t for ax in fig.axes for t in _texts(ax)]
+    return {"texts": sorted(texts), "axes": [_describe_axes(ax) for ax in fig.axes]}
 
 
 def _texts(ax):
     legend = ax.get_legend()
-    found = [ax.get_title(), ax.get_xlabel(), ax.get_ylabel(), *(t.get_text() for t in ax.texts)]
-    found += [t.get_text() for t in legend.texts] if legend else []
-    return [t for t in found if t]
+    objects = [*ax.texts, *(legend.texts if legend else [])]
+    for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
+        objects.append(axis.label)
+        if not isinstance(axis.get_major_formatter(), ScalarFormatter | LogFormatter):
+            objects += axis.get_ticklabels()  # words; numbers follow from the limits
+    found = [text.get_text() for text in objects if text.get_visible()]
+    return [t for t in [*found, *map(ax.get_title, ("left", "center", "right"))] if t]
 
 
 def _describe_axes(ax):
     limits = [*ax.get_xlim(), *ax.get_ylim()]
     artists = []
     for line in ax.lines:
-        artists.append(["line", [to_hex(line.get_color())], _quantiles(ax, line.get_xydata())])
-    for cloud in ax.collections:
-        colors = sorted({to_hex(c) for c in [*cloud.get_facecolor(), *cloud.get_edgecolor()]})
-        values = cloud.get_array()
-        places = cloud.get_offsets() if isinstance(cloud, PathCollection) else None
-        numbers = _quantiles(ax, places) if places is not None else []
-        if values is not None and np.size(values):
-            numbers = [*numbers, _levels(np.asarray(values, dtype=float), *cloud.get_clim())]
-            colors = [cloud.get_cmap().name]
-        artists.append([type(cloud).__name__, colors[:8], numbers])
+        places = _quantiles(ax, line.get_xydata(), line.get_transform())
+        artists.append(["line", [to_hex(line.get_color()), line.get_linestyle()], places])
+    artists += [_describe_collection(ax, collection) for collection in ax.collections]
     for patch in ax.patches:
-        box = patch.get_path().transformed(patch.get_patch_transform()).vertices
-        artists.append(["patch", [to_hex(patch.get_facecolor())], _quantiles(ax, box)])
+        places = _quantiles(ax, patch.get_path().vertices, patch.get_transform())
+        artists.append(["patch", [to_hex(patch.get_facecolor())], places])
     for image in ax.images:
         values = np.asarray(image.get_array(), dtype=float)
         artists.append(["image", [image.get_cmap().name], [_levels(values, *image.get_clim())]])
     return {"limits": [float(f"{v:.6g}") for v in limits], "artists": artists}
 
 
-def _quantiles(ax, points):
+def _describe_collection(ax, collection):
+    """Points and arrows where they are, bands, contours and other paths by their vertices."""
+    colors = sorted({to_hex(c) for c in [*collection.get_facecolor(), *collection.get_edgecolor()]})
+    if isinstance(collection, PathCollection | Quiver):
+        places = _quantiles(ax, collection.get_offsets(), collection.get_offset_transform())
+    else:
+        vertices = [path.vertices for path in collection.get_paths() if len(path.vertices)]
+        vertices = np.concatenate(vertices) if vertices else []
+        places = _quantiles(ax, vertices, collection.get_transform())
+    if isinstance(collection, Quiver):
+        arrows = np.stack([collection.U, collection.V])
+        places += [_levels(row, -np.abs(arrows).max(), np.abs(arrows).max()) for row in arrows]
+    values = collection.get_array()
+    if values is not None and np.size(values):
+        places.append(_levels(np.asarray(values, dtype=float), *collection.get_clim()))
+        name = collection.get_cmap().name
+        colors = [name] if name in mpl.colormaps else colors
+    kind = type(collection).__name__.removeprefix("FillBetween")  # as older versions name it
+    return [kind, colors[:8], places]
+
+
+def _quantiles(ax, points, transform):
     """Five quantiles of the x and of the y of points (N, 2), in units of the axes."""
     points = np.asarray(points, dtype=float).reshape(-1, 2)
     with np.errstate(all="ignore"):  # a logarithmic axis has no place for 0
-        places = ax.transAxes.inverted().transform(ax.transData.transform(points))
+        places = ax.transAxes.inverted().transform(transform.transform(points))
     return [_levels(column[np.isfinite(column)], 0, 1) for column in places.T]
 
 

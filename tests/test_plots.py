@@ -202,11 +202,20 @@ def test_the_style_is_ours_whatever_the_users_is():
 # Comparison with the committed figure
 
 
-def curve(color="C0", label="x", shift=0.0, limit=1):
+def curve(color="C0", label="x", shift=0.0, limit=1, **other):
+    """A figure with everything that is compared; `other` changes one part of it."""
     fig, ax = plt.subplots(figsize=(HALF, 2))
-    ax.plot(np.linspace(0, 1, 50), np.linspace(0, 1, 50) ** 2 + shift, color=color)
+    at, square = np.linspace(0, 1, 50), np.linspace(0, 1, 50) ** 2
+    ax.plot(at, square + shift, color=color, linestyle=other.get("dashes", "-"))
     ax.scatter([0.1, 0.9], [0.5, 0.5], color="C1")
     ax.imshow([[0.0, 1.0]], extent=(0, 0.1, 0, 0.1))
+    ax.fill_between(at, square + other.get("band", 0.1), square)
+    ax.hlines(other.get("height", 0.3), 0, 1)
+    ax.contour(at, at, square[:, None] + square, levels=[other.get("level", 0.5)])
+    ax.quiver([0.5, 0.6], [0.5, 0.6], [1, 0.5], [0, other.get("arrow", 0.5)])
+    ax.set_xticks([0, 1], ["start", other.get("end", "end")])
+    ax.set_title(other.get("left", "left"), loc="left")
+    fig.suptitle(other.get("over", "over all"))
     ax.set(xlabel=label, xlim=(0, limit), ylim=(0, 1))
     return fig
 
@@ -220,6 +229,14 @@ def curve(color="C0", label="x", shift=0.0, limit=1):
         ({"color": "C3"}, "'#d62728' for '#1f77b4'"),
         ({"label": "y"}, "texts: 'y' for 'x'"),
         ({"limit": 1.1}, "limit: 1.1 for 1"),
+        ({"dashes": "--"}, "'--' for '-'"),
+        ({"band": 0.2}, "artists: 0."),
+        ({"height": 0.32}, "artists: 0."),
+        ({"level": 0.6}, "artists: 0."),
+        ({"arrow": 0.7}, "artists: "),
+        ({"end": "stop"}, "texts: "),
+        ({"left": "a"}, "texts: "),
+        ({"over": "all"}, "texts: "),
     ],
 )
 def test_another_figure_than_the_committed_one_is_named(
@@ -243,10 +260,11 @@ def test_a_figure_holds_what_it_draws(figures, shown):
     save_figure(curve(), "1a_test", "A.")
     with Image.open(figures / "1a_test.png") as image:
         drawn = json.loads(image.info["drawn"])
-    assert drawn["texts"] == ["x"]
+    assert drawn["texts"] == ["end", "left", "over all", "start", "x"]
     assert drawn["axes"][0]["limits"] == [0, 1, 0, 1]
     kinds = [artist[0] for artist in drawn["axes"][0]["artists"]]
-    assert kinds == ["line", "PathCollection", "image"]
+    bands = ["PolyCollection", "LineCollection", "QuadContourSet", "Quiver"]
+    assert kinds == ["line", "PathCollection", *bands, "image"]
 
 
 # Tables
