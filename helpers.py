@@ -117,7 +117,7 @@ def claim(text, check):
     print(f"✓ {text}" if holds else f"✗ {text}: not with these values")
 
 
-def _write_atomically(path, content):
+def write_atomically(path, content):
     """Write bytes to path so that a crash leaves the old file whole, never half a file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -1264,7 +1264,7 @@ def _write_tensors(path, state):
     buffer, path = io.BytesIO(), Path(path)
     torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def train(
@@ -1678,7 +1678,7 @@ def save_record(name, networks, content):
     path = output_folder("records") / f"{name}.json"
     text = json.dumps({"weights": _fingerprints(networks), **content}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def load_record(name):

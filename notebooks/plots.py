@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 
 import matplotlib as mpl
@@ -77,7 +78,7 @@ def save_table(rows, name, caption):
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
-    head, *body = [" & ".join(_escape(cell) for cell in line) for line in lines]
+    head, *body = [" & ".join(to_latex(cell) for cell in line) for line in lines]
     tex = ["% " + caption, rf"\begin{{tabular}}{{{'r' * len(widths)}}}", r"\toprule"]
     tex += [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body), r"\bottomrule"]
     text = "\n".join([*tex, r"\end{tabular}", ""])
@@ -86,10 +87,12 @@ def save_table(rows, name, caption):
     _write_figures({f"{name}.tex": text.encode(), f"{name}.csv": sheet.getvalue().encode()})
 
 
-def _escape(text):
-    """Text for LaTeX: its special characters outside of dollar signs escaped."""
+def to_latex(text):
+    """Text for LaTeX: what is special there escaped, but the mathematics between dollar signs."""
     parts = text.split("$")
-    parts[::2] = [re.sub(r"([%&#_])", r"\\\1", part) for part in parts[::2]]
+    for i in range(0, len(parts), 2):
+        part = re.sub(r"([%&#_])", r"\\\1", parts[i].replace("\\", r"\textbackslash "))
+        parts[i] = re.sub(r"`([^`]*)`", r"\\texttt{\1}", part)
     return "$".join(parts)
 
 
@@ -98,10 +101,12 @@ def _save(fig, name):
     natural = any(math.isclose(fig.get_figwidth(), width) for width in (FULL, HALF))
     # other widths go when the last notebook is rewritten
     size = {} if natural else {"bbox_inches": "tight"}
-    drawn, png, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    drawn, png, pdf, svg = (io.BytesIO() for _ in range(4))
     no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
     fig.savefig(drawn, format="png", dpi=DPI if natural else 100, **size)
     fig.savefig(pdf, format="pdf", dpi=DPI if natural else 150, metadata=no_dates, **size)
+    if os.environ.get("FLOW_SVG"):  # run.py --figures
+        fig.savefig(svg, format="svg", metadata={"Date": None})
     contents = describe(fig)
     plt.close(fig)
     # 256 colours: no visible difference, and less than half the size
@@ -111,7 +116,8 @@ def _save(fig, name):
     dpi = {"dpi": (DPI, DPI)} if natural else {}
     palette.save(png, format="PNG", optimize=True, pnginfo=chunk, **dpi)
     difference = _difference(name, contents)
-    _write_figures({f"{name}.png": png.getvalue(), f"{name}.pdf": pdf.getvalue()})
+    files = {f"{name}.png": png, f"{name}.pdf": pdf, f"{name}.svg": svg}
+    _write_figures({file: made.getvalue() for file, made in files.items() if made.tell()})
     return png.getvalue(), difference
 
 
@@ -139,7 +145,7 @@ def _write_figures(files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            helpers._write_atomically(folder / name, content)
+            helpers.write_atomically(folder / name, content)
     except OSError as error:
         raise ValueError(
             f"cannot write figures to {folder} ({error}); make it writable or set FLOW_OUTPUT"

@@ -1,26 +1,33 @@
 """Execute the notebooks: into build/, so that a clone stays as it was, or in place.
 
-Usage: python notebooks/run.py [--in-place] [--html] [--student DIR] [NAME ...]
+Usage: python notebooks/run.py [--in-place] [--html] [--student DIR] [--figures DIR] [NAME ...]
 A NAME is the start of a file name, such as 03; without one, all notebooks are meant.
     --in-place     for maintainers: write notebooks/, figures/ and data/ themselves
     --html         also write each executed notebook as a page, its hidden cells folded
     --student DIR  execute nothing; write the notebooks without answers and with the exercises
                    emptied, and what they need, to DIR
+    --figures DIR  write only figures, those whose names begin with a NAME such as 1d or
+                   beyond_dog, to DIR; --format png,pdf,svg says how
 Prints a line a notebook with its seconds, and whether its text is that of the committed one.
-The first failing cell ends the run and leaves that notebook's file as it was.
+Notebooks run side by side, a core each (but with FLOW_RETRAIN one by one, with all cores). The
+first failing cell ends the run and leaves that notebook's file as it was.
 """
 
 import argparse
 import ast
+import asyncio
 import copy
 import os
 import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gallery  # with pyplot: its first scan of fonts writes to stderr, not in a kernel
+
 import helpers
 
 ROOT = helpers.ROOT
@@ -33,17 +40,22 @@ METADATA = {
 KEPT = {"tags", "jupyter", "cellView", "jp-MarkdownHeadingCollapsed"}  # metadata of a cell
 
 
-def execute(path):
-    """Run one notebook from a fresh kernel; the notebook, without time stamps and versions."""
+def execute(path, clients=None):
+    """Run one notebook from a fresh kernel; the notebook, without time stamps and versions.
+
+    clients: a dict that holds the client under its path while it runs; client.stop() ends it.
+    """
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    count = len(notebook.cells)
+    clients = {} if clients is None else clients
 
     def report(cell, cell_index):
+        client.place = f"{path.name[:2]}: cell {cell_index + 1} of {len(notebook.cells)}"
         if sys.stdout.isatty():
-            print(f"\r{path.name}: cell {cell_index + 1} of {count} ", end="", flush=True)
+            places = (getattr(other, "place", "") for other in list(clients.values()))
+            print("\r" + "   ".join(places), end=" ", flush=True)
 
     client = NotebookClient(
         notebook,
@@ -55,7 +67,17 @@ def execute(path):
         on_cell_start=report,
         extra_arguments=["--log-level=CRITICAL"],
     )
-    client.execute()
+
+    async def go():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        client.stop = lambda: loop.call_soon_threadsafe(task.cancel)
+        clients[path] = client
+        try:
+            await client.async_execute()
+        finally:
+            clients.pop(path, None)
+
+    asyncio.run(go())
     return normalise(notebook)
 
 
@@ -104,7 +126,7 @@ def write(notebook, path):
     import nbformat
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    helpers._write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
+    helpers.write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
 
 
 def fold(notebook):
@@ -131,7 +153,7 @@ def write_page(notebook, path):
     options = Config({"TagRemovePreprocessor": {"enabled": True}})
     options.TagRemovePreprocessor.remove_input_tags = {"source-in-details"}
     page, _ = HTMLExporter(config=options).from_notebook_node(fold(notebook))
-    helpers._write_atomically(path, page.encode())
+    helpers.write_atomically(path, page.encode())
 
 
 def emptied(source):
@@ -187,29 +209,59 @@ def prepare(in_place, profile):
         tempfile.TemporaryFile(dir=place).close()
     os.environ.update(FLOW_OUTPUT=str(output), IPYTHONDIR=profile)
     os.environ.setdefault("FLOW_PROGRESS", "0")
-    import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)
-
+    if not os.environ.get("FLOW_RETRAIN"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return folder
 
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="start of a file name: 03")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="start of a name: 03, or 1d")
     parser.add_argument("--in-place", action="store_true", help="write notebooks/ and figures/")
     parser.add_argument("--html", action="store_true", help="pages, too")
     parser.add_argument("--student", metavar="DIR", help="write notebooks to hand out")
+    parser.add_argument("--figures", metavar="DIR", help="write figures only, of questions: 1d")
+    parser.add_argument("--format", default="png,pdf", help="of these figures: png,pdf,svg")
     options = parser.parse_args(arguments)
-    wanted = tuple(options.names or [""])
-    paths = sorted(path for path in HERE.glob("0*.ipynb") if path.name.startswith(wanted))
-    if not paths:
-        sys.exit(f"no notebook in {HERE} begins with {' or '.join(options.names)}")
+    if options.figures:
+        return write_figures(options)
+    paths = chosen(options.names)
     try:
         if options.student:
             return hand_out(paths, options.student)
-        with tempfile.TemporaryDirectory(prefix="ipython-") as profile:  # not the user's settings
-            run(paths, prepare(options.in_place, profile), options)
+        run(paths, options)
+        if options.in_place:
+            gallery.write(ROOT)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         sys.exit(f"cannot write ({error}); make it writable or name another by FLOW_OUTPUT")
+
+
+def chosen(names):
+    """The notebooks whose file names begin with one of these; all without names."""
+    paths = sorted(p for p in HERE.glob("0*.ipynb") if p.name.startswith(tuple(names or [""])))
+    if not paths:
+        sys.exit(f"no notebook in {HERE} begins with {' or '.join(names)}")
+    return paths
+
+
+def write_figures(options):
+    """Run the notebooks that hold the figures of these names, and keep only those."""
+    formats = {f".{kind}" for kind in options.format.split(",")}
+    if not formats <= {".png", ".pdf", ".svg"}:
+        sys.exit(f"--format must be some of png,pdf,svg, with commas, got {options.format}")
+    begins = tuple(options.names or [""])
+    wanted = [figure for figure in gallery.figures(ROOT) if figure.name.startswith(begins)]
+    if not wanted:
+        sys.exit(f"no figure begins with {' or '.join(begins)}; figures/README.md lists them")
+    folder = Path(options.figures).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="figures-") as made:
+        os.environ.update(FLOW_OUTPUT=made, FLOW_SVG="1" if ".svg" in formats else "")
+        run(sorted({figure.notebook for figure in wanted}), options)
+        for figure in wanted:
+            for kind in formats:
+                shutil.copy(Path(made) / "figures" / (figure.name + kind), folder)
+    print(f"{len(wanted)} figures: {folder}")
 
 
 def stop():
@@ -218,31 +270,47 @@ def stop():
     sys.exit(130)
 
 
-def run(paths, folder, options):
-    """Execute the notebooks one after the other, and say where they are."""
+def run(paths, options):
+    """Execute the notebooks, the longest, which are the last, first, and say where they are."""
+    start, clients = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory(prefix="ipython-") as profile:  # not the user's settings
+        folder = prepare(options.in_place, profile)
+        side_by_side = 1 if os.environ.get("FLOW_RETRAIN") else min(os.cpu_count(), 4)
+        with ThreadPoolExecutor(side_by_side) as pool:
+            tasks = [pool.submit(run_one, p, folder, options, clients) for p in reversed(paths)]
+            try:
+                for task in as_completed(tasks):
+                    print(task.result(), flush=True)
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                while wait(tasks, timeout=0.2).not_done:  # one may only be starting
+                    while clients:
+                        clients.popitem()[1].stop()
+                if isinstance(error, KeyboardInterrupt):
+                    stop()
+                raise
+    if not options.figures:
+        print(f"{len(paths)} notebooks in {time.perf_counter() - start:.0f} s, in {folder}")
+        print(f"to read them: jupyter lab {folder}")
+
+
+def run_one(path, folder, options, clients):
+    """Execute one notebook and write it; a line about it."""
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    start = time.perf_counter()
-    for path in paths:
-        begin = time.perf_counter()
-        try:
-            notebook = execute(path)
-        except (KeyboardInterrupt, AssertionError):  # nbclient's, when Ctrl-C ends its kernel
-            stop()
-        except CellExecutionError as error:
-            if error.ename == "KeyboardInterrupt":
-                stop()
-            sys.exit(f"failed\n{path.name}: {error}")
-        except DeadKernelError:
-            sys.exit(f"failed\n{path.name}: the kernel died, perhaps for lack of memory")
-        same = verdict(notebook, HERE / path.name)
-        write(notebook, folder / path.name)
-        if options.html:
-            write_page(notebook, folder / f"{path.stem}.html")
-        back = "\r" if sys.stdout.isatty() else ""
-        print(f"{back}{path.name} {time.perf_counter() - begin:.0f} s{same}", flush=True)
-    print(f"{len(paths)} notebooks in {time.perf_counter() - start:.0f} s, in {folder}")
-    print(f"to read them: jupyter lab {folder}")
+    begin = time.perf_counter()
+    try:
+        notebook = execute(path, clients)
+    except CellExecutionError as error:
+        sys.exit(f"failed\n{path.name}: {error}")
+    except DeadKernelError:
+        sys.exit(f"failed\n{path.name}: the kernel died, perhaps for lack of memory")
+    same = verdict(notebook, HERE / path.name)
+    write(notebook, folder / path.name)
+    if options.html:
+        write_page(notebook, folder / f"{path.stem}.html")
+    back = "\r" if sys.stdout.isatty() else ""
+    return f"{back}{path.name} {time.perf_counter() - begin:.0f} s{same}"
 
 
 if __name__ == "__main__":

@@ -212,3 +212,47 @@ def test_the_command_line_says_what_it_can(capsys):
         run.main(["--help"])
     assert {"--in-place", "--html", "--student"} <= set(capsys.readouterr().out.split())
     assert sys.modules["run"].__doc__
+
+
+def test_notebooks_run_side_by_side_and_a_fault_ends_the_others(home, capsys):
+    """The first waits for the second; then the second fails while the first would wait on."""
+    other = home / "notebooks" / "02_small.ipynb"
+    waits = "import pathlib, time\nwhile not pathlib.Path('made').exists(): time.sleep(0.1)"
+    nbformat.write(small(waits), home / NAME)
+    nbformat.write(small("open('made', 'w').close()"), other)
+    run.main([])
+    assert capsys.readouterr().out.count("small.ipynb") == 2
+    nbformat.write(small("import time\ntime.sleep(100)"), home / NAME)
+    nbformat.write(small("import time\ntime.sleep(3)\n1 / 0"), other)
+    start = time.perf_counter()
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        run.main([])
+    assert time.perf_counter() - start < 60
+
+
+DRAWS = f"""import sys
+sys.path[:0] = [{str(Path(run.__file__).parent)!r}, {str(Path(run.__file__).parents[1])!r}]
+from plots import save_figure, plt
+for name in ("1a_line", "1b_line"):
+    fig, ax = plt.subplots(figsize=(3.2, 2))
+    ax.plot([0, 1])
+    ax.set_title(name)
+    save_figure(fig, name, f"{{name[:2]}}: 50 % of $x_1$, `x|y`")"""
+
+
+def test_the_gallery_and_figures_of_one_question(home, tmp_path, monkeypatch):
+    nbformat.write(small(DRAWS), home / NAME)
+    run.main(["--in-place"])
+    page = (home / "figures" / "README.md").read_text()
+    assert page.count("\n| <img") == 2
+    assert r"1a: 50 % of $x_1$, `x\|y` | 1 (a) | [01](../notebooks/01_small.ipynb) |" in page
+    latex = (home / "figures" / "figures.tex").read_text()
+    assert r"\includegraphics{1b_line.pdf}" in latex
+    assert r"\caption{1b: 50 \% of $x_1$, \texttt{x|y}}" in latex
+    assert r"\label{fig:1b-line}" in latex
+    run.main(["--figures", str(tmp_path / "report"), "--format", "svg,pdf", "1b"])
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"1b_line.svg", "1b_line.pdf"}
+    with pytest.raises(SystemExit, match="no figure begins with 7c"):
+        run.main(["--figures", str(tmp_path / "report"), "7c"])
+    with pytest.raises(SystemExit, match="png,pdf,svg"):
+        run.main(["--figures", str(tmp_path / "report"), "--format", "eps"])

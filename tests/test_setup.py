@@ -97,7 +97,7 @@ def test_a_crash_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(helpers.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        helpers._write_atomically(path, b"new")
+        helpers.write_atomically(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
     assert path.read_bytes() == b"old"
 
