@@ -552,7 +552,7 @@ def brownian_paths(ts, runs):
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
     axes[0].set_ylabel("$X_t$")
-    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma\sqrt{t}$", color="#555555")
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color="#555555")
     return fig
 
 
@@ -572,7 +572,7 @@ def brownian_refined(ts, x):
         y = sums[-1] * 1.3 if at == "bottom" else 0.03
         right.text(0.98, y, name, color=color, ha="right", va="bottom")
     right.semilogy((0, 1), (1, 1), "--", color=COLORS["exact"], linewidth=0.8)
-    right.text(0.02, 1.1, "1", va="bottom")
+    right.text(0.98, 1.1, "its limit at $t = 1$", ha="right", va="bottom")
     right.set(xlabel="$t$", title="what the steps add up to", xlim=(0, 1), ylim=(0.02, 200))
     return fig
 

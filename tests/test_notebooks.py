@@ -186,7 +186,7 @@ def test_no_cell_has(name, pattern, notebook):
 
 
 def test_every_png_has_its_pdf_and_nothing_else_is_there():
-    others = {".gif", ".tex", ".csv"}
+    others = {".gif", ".tex", ".csv", ".md"}
     names = {path.name for path in (ROOT / "figures").iterdir() if path.suffix not in others}
     assert names == {path.stem + kind for path in PNGS for kind in (".png", ".pdf")}
 
