@@ -6,6 +6,10 @@ the tests can import helpers.
 
 import os
 import tempfile
+import time
+from queue import Empty
+
+from nbval.kernel import RunningKernel
 
 
 def pytest_configure(config):
@@ -19,6 +23,32 @@ def pytest_configure(config):
     os.environ.pop("FLOW_RETRAIN", None)
     if getattr(config.option, "dist", "no") == "load":  # -n: a notebook's cells need one worker
         config.option.dist = "loadfile"
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by the workers
-        os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as run.py sets it: a core a notebook
     import matplotlib.pyplot  # noqa: F401  (its first scan of fonts writes to stderr)
+
+
+def pytest_collection_modifyitems(config, items):
+    """With -n: the notebooks first, the longest, which are the last, before all."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        files = list(dict.fromkeys(item.path for item in items))
+        files.sort(key=lambda path: (path.suffix == ".ipynb", path.name), reverse=True)
+        items.sort(key=lambda item: files.index(item.path))
+
+
+ask = RunningKernel.get_message
+
+
+def get_message(self, stream, timeout=None):
+    """nbval's, which would wait for a dead kernel, out of memory for instance, to the timeout."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return ask(self, stream, timeout=min(5, timeout or 5))
+        except Empty:
+            if not self.is_alive():
+                raise RuntimeError("the kernel died, perhaps for lack of memory") from None
+            if timeout is not None and time.monotonic() > begin + timeout:
+                raise
+
+
+RunningKernel.get_message = get_message

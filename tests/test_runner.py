@@ -256,3 +256,13 @@ def test_the_gallery_and_figures_of_one_question(home, tmp_path, monkeypatch):
         run.main(["--figures", str(tmp_path / "report"), "7c"])
     with pytest.raises(SystemExit, match="png,pdf,svg"):
         run.main(["--figures", str(tmp_path / "report"), "--format", "eps"])
+
+
+def test_nbval_does_not_wait_for_a_dead_kernel(tmp_path):
+    nbformat.write(small("import os\nos._exit(1)", "1"), tmp_path / "01_small.ipynb")
+    (tmp_path / "conftest.py").write_text((Path(run.ROOT) / "conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q"]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "the kernel died, perhaps for lack of memory" in done.stdout
+    assert time.perf_counter() - start < 100
