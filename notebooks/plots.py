@@ -602,7 +602,7 @@ def ou_paths(ts, runs, moments):
     axes[0, 1].text(
         0.97,
         0.93,
-        "grey: mean ± 2 std",
+        "grey: means ± 2 std",
         transform=axes[0, 1].transAxes,
         ha="right",
         va="top",
