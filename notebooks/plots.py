@@ -56,9 +56,16 @@ def save_figure(fig, name, caption):
 def save_animation(frames, name, *, milliseconds):
     """Write <name>.gif to the folder of figures, repeating for ever; nothing is displayed.
 
-    frames: grey images (H, W), or (H, W, 3), in [0, 1], each shown for `milliseconds`.
+    frames: grey images (H, W), or (H, W, 3), in [0, 1], or figures; each is shown for
+    `milliseconds`.
     """
-    images = [Image.fromarray((255 * frame).round().byte().cpu().numpy()) for frame in frames]
+    images = []
+    for frame in frames:
+        if torch.is_tensor(frame):
+            images.append(Image.fromarray((255 * frame).round().byte().cpu().numpy()))
+        else:
+            drawn = Image.open(io.BytesIO(_png(frame, 100))).convert("RGB")
+            images.append(drawn.quantize(64, dither=Image.Dither.NONE))
     gif = io.BytesIO()
     options = {"duration": milliseconds, "loop": 0, "optimize": True}
     images[0].save(gif, format="GIF", save_all=True, append_images=images[1:], **options)
@@ -732,7 +739,7 @@ def langevin(mixture, clouds, start):
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
         ax.scatter(*points.T, s=2, color=COLORS["model"], rasterized=True)
         ax.contour(
-            side, side, height, levels=(0.02, 0.08, 0.2), colors=COLORS["exact"], linewidths=0.7
+            side, side, height, levels=(0.015, 0.08, 0.2), colors=COLORS["exact"], linewidths=0.7
         )
         ax.plot(*start, "*", color=COLORS["data"], markersize=9)
         ax.set(title=f"$t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))

@@ -81,6 +81,13 @@ def test_an_animation_holds_its_frames(figures, shown):
             assert gif.convert("L").getpixel((3, 3)) == level
 
 
+def test_an_animation_of_figures(figures):
+    save_animation((curve(shift=0.1 * k) for k in range(3)), "moving", milliseconds=70)
+    with Image.open(figures / "moving.gif") as gif:
+        assert (gif.n_frames, gif.size) == (3, (320, 200))
+    assert not plt.get_fignums()
+
+
 def test_an_unwritable_folder_is_named(tmp_path, monkeypatch, shown):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FLOW_OUTPUT", str(tmp_path / "file"))
