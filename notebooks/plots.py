@@ -855,10 +855,10 @@ def two_schedules(ts, curves, times, strips):
 
 def _weights(ax, ts, alpha, beta):
     """The two curves of a schedule, which name themselves."""
-    for curve, kind, x, side in ((alpha, "data", 0.97, "right"), (beta, "noise", 0.03, "left")):
-        name = r"$\alpha_t$" if kind == "data" else r"$\beta_t$"
-        ax.plot(ts, curve, color=COLORS[kind])
-        ax.text(x, 0.62, name, color=COLORS[kind], ha=side)
+    ax.plot(ts, alpha, color=COLORS["data"])
+    ax.plot(ts, beta, color=COLORS["noise"])
+    ax.text(0.97, 0.62, r"$\alpha_t$", color=COLORS["data"], ha="right")
+    ax.text(0.03, 0.62, r"$\beta_t$", color=COLORS["noise"])
     ax.set(xlim=(0, 1), ylim=(-0.05, 1.1))
     return ax
 
@@ -870,11 +870,8 @@ def conditional_path(z, eps, t, runs):
         plot_points(draws, ax, color=_GREY, s=4)
         ax.add_patch(plt.Circle(mean.tolist(), 2 * std, fill=False, linewidth=0.8))
         ax.plot(*line.T, color=COLORS["model"])
-        for point, text, kind in (
-            (eps, r"$\epsilon$", "noise"),
-            (z, "$z$", "data"),
-            (x, "$x_t$", "model"),
-        ):
+        marks = (eps, r"$\epsilon$", "noise"), (z, "$z$", "data"), (x, "$x_t$", "model")
+        for point, text, kind in marks:
             color, place = COLORS[kind], point.tolist()
             ax.plot(*place, "o", color=color, markersize=6)
             ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
