@@ -884,7 +884,7 @@ def conditional_path(z, eps, t, runs):
 
 def histograms(times, rows, laws, bins, top):
     """2(c), 2(d): rows {name: clouds (T, B, 2)} over their exact laws; all rows share the ends."""
-    fig = plt.figure(figsize=(FULL, 1.75 if len(rows) == 1 else 2.9), layout="constrained")
+    fig = plt.figure(figsize=(FULL, 1.5 if len(rows) == 1 else 2.9), layout="constrained")
     grid, inner = fig.add_gridspec(len(rows), len(times)), range(1, len(times) - 1)
     for j, (name, clouds) in enumerate(rows.items()):
         for k, (t, x, law) in enumerate(zip(times, clouds, laws[name], strict=True)):
@@ -897,7 +897,8 @@ def histograms(times, rows, laws, bins, top):
                 ax.set_title(f"{schedule}$t = {t:g}$")
     fig.axes[0].text(-3.3, -3.3, "lines: exact $p_t$")
     if len(rows) == 1:
-        fig.colorbar(ax.collections[0], ax=fig.axes, extend="max", pad=0.01, label="density")
+        bar = {"extend": "max", "pad": 0.01, "shrink": 0.85, "label": "density"}
+        fig.colorbar(ax.collections[0], ax=fig.axes, **bar)
     return fig
 
 
