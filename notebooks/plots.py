@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.collections import PathCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.quiver import Quiver
 from matplotlib.ticker import LogFormatter, ScalarFormatter
 from PIL import Image, PngImagePlugin
@@ -824,4 +824,163 @@ def broken_programs(first, second):
     )
     axes[0].text(0.03, -65, "black: 95 % should\nstay between")
     axes[0].set_ylabel("$X_t$")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------
+# Notebook 02
+# ---------------------------------------------------------------------------------------
+
+_LOOKS = (("#000000", "-"), ("#AA4499", "--"), ("#CC9900", "-."), ("#33AADD", ":"))  # schedules
+
+
+def _blend(t):
+    """From the noise's colour, t = 0, to the data's, t = 1."""
+    noise, data = (np.array(to_rgb(COLORS[kind])) for kind in ("noise", "data"))
+    return tuple((1 - t) * noise + t * data)
+
+
+def _bare(ax, limit):
+    """A plane without ticks and labels, in a thin frame."""
+    ax.set(xticks=[], yticks=[], xlabel="", ylabel="", xlim=(-limit, limit), ylim=(-limit, limit))
+    ax.spines[:].set(visible=True, color="#bbbbbb")
+    return ax
+
+
+def _pictures(rows, height, color=None):
+    """rows {label: pairs (title, image (1, H, W) or cloud (B, 2))}; figure and axes."""
+    rows = {label: list(pairs) for label, pairs in rows.items()}
+    shape = len(rows), max(map(len, rows.values()))
+    fig, axes = plt.subplots(*shape, figsize=(FULL, height), layout="constrained")
+    for row, (label, pairs) in zip(axes, rows.items(), strict=True):
+        for k, (ax, (title, x)) in enumerate(zip(row, pairs, strict=True)):
+            if x.ndim == 3:
+                plot_images(x[None], ax, columns=1)
+            else:
+                look = color or _blend(k / (len(pairs) - 1))
+                _bare(plot_points(x, ax, s=1.2, alpha=1, color=look), 3.2)
+            ax.set_title(title)
+        row[0].set_ylabel(label)
+    return fig, axes
+
+
+def dissolving(times, images, clouds):
+    """2(b): images (T, 1, H, W) over clouds (T, B, 2), a column for each of the times."""
+    ends = {0.0: ": noise", 1.0: ": data"}
+    titles = [f"$t = {t:g}${ends.get(t, '')}" for t in times]
+    rows = {"one image": zip(titles, images, strict=True)}
+    rows |= {f"{clouds.shape[1]} points": (("", x) for x in clouds)}
+    return _pictures(rows, 2.8)[0]
+
+
+def two_schedules(ts, curves, times, strips):
+    """2(a): curves {name: (alpha, beta)} on ts, and what they make of an image, (T, 1, H, W)."""
+    shape, ratios = (len(curves), 1 + len(times)), [1.5] + [1] * len(times)
+    fig, axes = plt.subplots(*shape, figsize=(FULL, 2.6), width_ratios=ratios, layout="constrained")
+    for j, (name, (alpha, beta)) in enumerate(curves.items()):
+        first, *others = axes[j]
+        _weights(first, ts, alpha, beta).set(ylabel=name, xticks=(0, 1), yticks=(0, 1))
+        first.set_xlabel("$t$", labelpad=-8)
+        for ax, t, image in zip(others, times, strips[name], strict=True):
+            plot_images(image[None], ax, columns=1).set_title(f"$t = {t:g}$" if j == 0 else "")
+    return fig
+
+
+def _weights(ax, ts, alpha, beta):
+    """The two curves of a schedule, which name themselves."""
+    ax.plot(ts, alpha, color=COLORS["data"])
+    ax.plot(ts, beta, color=COLORS["noise"])
+    ax.text(0.97, 0.62, r"$\alpha_t$", color=COLORS["data"], ha="right")
+    ax.text(0.03, 0.62, r"$\beta_t$", color=COLORS["noise"])
+    ax.set(xlim=(0, 1), ylim=(-0.05, 1.1))
+    return ax
+
+
+def conditional_path(z, eps, t, runs):
+    """2(b): from noise eps to data z, (2,); runs {name: (path, x_t, draws, (mean, std))}."""
+    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 3.0), layout="constrained", sharey=True)
+    for ax, (name, (line, x, draws, (mean, std))) in zip(axes, runs.items(), strict=True):
+        plot_points(draws, ax, color=_GREY, s=4)
+        ax.add_patch(plt.Circle(mean.tolist(), 2 * std, fill=False, linewidth=0.8))
+        ax.plot(*line.T, color=COLORS["model"])
+        marks = (eps, r"$\epsilon$", "noise"), (z, "$z$", "data"), (x, "$x_t$", "model")
+        for point, text, kind in marks:
+            color, place = COLORS[kind], point.tolist()
+            ax.plot(*place, "o", color=color, markersize=6)
+            ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
+        _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
+    axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
+    axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color="#555555")
+    axes[1].set_ylabel("")
+    return fig
+
+
+def histograms(times, rows, laws, bins, top):
+    """2(c), 2(d): rows {name: clouds (T, B, 2)} over their exact laws; all rows share the ends."""
+    fig = plt.figure(figsize=(FULL, 1.5 if len(rows) == 1 else 2.9), layout="constrained")
+    grid, inner = fig.add_gridspec(len(rows), len(times)), range(1, len(times) - 1)
+    for j, (name, clouds) in enumerate(rows.items()):
+        for k, (t, x, law) in enumerate(zip(times, clouds, laws[name], strict=True)):
+            if k in inner or j == 0:
+                ax = fig.add_subplot(grid[j if k in inner else slice(None), k])
+                plot_histogram(x, ax, limit=3.5, bins=bins, vmax=top)
+                ax.collections[0].set_cmap("OrRd")
+                _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
+                schedule = f"{name}, " if k in inner and len(rows) > 1 else ""
+                ax.set_title(f"{schedule}$t = {t:g}$")
+    fig.axes[0].text(-3.3, -3.3, "lines: exact $p_t$")
+    if len(rows) == 1:
+        bar = {"extend": "max", "pad": 0.01, "shrink": 0.85, "label": "density"}
+        fig.colorbar(ax.collections[0], ax=fig.axes, **bar)
+    return fig
+
+
+def laboratory(name, ts, weights, t, x, law, image, decibels):
+    """2(d): a schedule's weights on ts; at t a cloud x (B, 2), its law, an image (1, H, W)."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(FULL, 2.3), layout="constrained")
+    _weights(left, ts, *weights).axvline(t, color=_GREY, linewidth=0.8)
+    left.set(xlabel="$t$", title=f"{name}, $t = {t:g}$", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    plot_points(x, middle, s=2, color=_blend(t))
+    plot_density(law, middle, limit=3.5, levels=(0.02, 0.1, 0.3)).set_title("points, exact $p_t$")
+    plot_images(image[None], right, columns=1).set_title(f"signal to noise {decibels:+.0f} dB")
+    return fig
+
+
+def measures(ts, curves):
+    """2(d): curves {label: {schedule: values}} against ts, four panels with one key."""
+    fig, axes = plt.subplots(2, 2, figsize=(FULL, 4.0), layout="constrained", sharex=True)
+    for ax, (label, values) in zip(axes.flat, curves.items(), strict=True):
+        for k, (name, curve) in enumerate(values.items()):
+            color, line = _LOOKS[k % len(_LOOKS)]
+            ax.plot(ts, curve, line, color=color, label=name)
+        ax.set(title=label, xlim=(0, 1), xlabel="$t$" if ax in axes[1] else "")
+    axes[0, 0].axhspan(-10, 10, color=_GREY, alpha=0.2, linewidth=0)
+    axes[0, 0].set(ylim=(-40, 40))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return fig
+
+
+def one_path(rows):
+    """Beyond: rows {label: pairs (title, cloud (B, 2))}."""
+    return _pictures(rows, 3.6, COLORS["data"])[0]
+
+
+def marginalisation(side, maps):
+    """Beyond: maps {title: values on the grid of side (n,) in each coordinate}, one scale."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), layout="constrained", sharey=True)
+    top = max(float(values.abs().max()) for values in maps.values())
+    for ax, (title, values) in zip(axes, maps.items(), strict=True):
+        grid = values.reshape(len(side), -1).T
+        mesh = ax.pcolormesh(side, side, grid, cmap="PuOr", vmin=-top, vmax=top, rasterized=True)
+        _frame_plane(ax, float(side[-1])).set(title=title, ylabel="")
+    axes[0].set_ylabel("$x_2$")
+    fig.colorbar(mesh, ax=axes, pad=0.01, shrink=0.8, label="per area and time")
+    return fig
+
+
+def broken_paths(rows, laws):
+    """Test yourself: rows {label: pairs (title, image or cloud)}; laws: those of the last row."""
+    fig, axes = _pictures(rows, 2.9, _WRONG)
+    for ax, law in zip(axes[-1], laws, strict=True):
+        _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
     return fig
