@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -283,9 +283,10 @@ def run(paths, options):
                     print(task.result(), flush=True)
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                while wait(tasks, timeout=0.2).not_done:  # one may only be starting
+                while not all(task.done() for task in tasks):  # one may only be starting
                     while clients:
                         clients.popitem()[1].stop()
+                    time.sleep(0.1)
                 if isinstance(error, KeyboardInterrupt):
                     stop()
                 raise

@@ -224,6 +224,8 @@ def test_notebooks_run_side_by_side_and_a_fault_ends_the_others(home, capsys):
     assert capsys.readouterr().out.count("small.ipynb") == 2
     nbformat.write(small("import time\ntime.sleep(100)"), home / NAME)
     nbformat.write(small("import time\ntime.sleep(3)\n1 / 0"), other)
+    for number in range(3, 8):  # more than run at a time: these wait, or are stopped
+        nbformat.write(small("import time\ntime.sleep(100)"), other.with_name(f"00_{number}.ipynb"))
     start = time.perf_counter()
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         run.main([])
