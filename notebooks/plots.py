@@ -937,7 +937,7 @@ def step_count(clouds, excess, errors, network):
     for (name, row), color in zip(errors.items(), (COLORS["model"], COLORS["noise"]), strict=True):
         right.plot(list(row), list(row.values()), "o-", color=color, label=name, **style)
     right.axhline(network, color=COLORS["exact"], linestyle="--", linewidth=0.9)
-    right.text(1, 0.9 * network, "network's own error", va="top")
+    right.text(1, 0.9 * network, "network", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
     right.set_yscale("log")
     right.legend(loc="lower left")
