@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.quiver import Quiver
 from matplotlib.ticker import LogFormatter, ScalarFormatter
@@ -983,4 +983,203 @@ def broken_paths(rows, laws):
     fig, axes = _pictures(rows, 2.9, _WRONG)
     for ax, law in zip(axes[-1], laws, strict=True):
         _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------
+# Notebook 03
+# ---------------------------------------------------------------------------------------
+
+
+def _corner(ax, text, color="black", x=0.03, y=0.97):
+    """Text in a corner of ax: the left one for x < 1/2, the upper one for y > 1/2."""
+    sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
+    ax.text(x, y, text, transform=ax.transAxes, color=color, **sides)
+
+
+def flow_trajectories(ts, xs, t, limit=3.6):
+    """3(d): trajectories xs (N+1, B, 2) from time 0 to t, coloured by time."""
+    fig, ax = plt.subplots(figsize=(HALF, 2.9))
+    last = max(1, int((ts <= t + 1e-6).sum()) - 1)
+    shown = torch.linspace(0, last, min(last, 60) + 1).round().long()
+    x, when = xs[shown], ts[shown]
+    pieces = torch.stack([x[:-1], x[1:]], dim=2).flatten(0, 1)
+    style = {"cmap": "plasma", "clim": (0, 1), "linewidths": 0.5, "rasterized": True}
+    shades = when[1:].repeat_interleave(xs.shape[1]).numpy()
+    lines = LineCollection(list(pieces), array=shades, **style)
+    ax.add_collection(lines)
+    plot_points(xs[0], ax, color=COLORS["noise"], s=4, zorder=3)
+    plot_points(x[-1], ax, limit=limit, color=COLORS["model"], s=4, zorder=4)
+    _corner(ax, "noise", COLORS["noise"])
+    _corner(ax, f"at $t = {when[-1]:.2f}$", COLORS["model"], x=0.97)
+    fig.colorbar(lines, ax=ax, label="time $t$", shrink=0.8)
+    return fig
+
+
+def training_steps(losses, step, x, mixture, limit=3.4):
+    """3(c): the losses up to a step, and points x (N, 2) that the network then generates."""
+    fig, (ax, plane) = plt.subplots(1, 2, figsize=(FULL, 2.6), width_ratios=(1.6, 1))
+    ax.loglog(1 + torch.arange(len(losses)), losses, color=_GREY, alpha=0.4, linewidth=0.6)
+    ax.loglog(1 + torch.arange(step), losses[:step], color=COLORS["model"], linewidth=0.8)
+    ax.plot(max(step, 1), losses[max(step - 1, 0)], "o", color=COLORS["model"])
+    ax.set(xlabel="step of training", ylabel="loss of one batch", xlim=(0.9, 1.3 * len(losses)))
+    ax.set_yticks((2, 3, 4), ("2", "3", "4"))
+    ax.minorticks_off()
+    plot_density(mixture, plane, limit=limit, levels=3, colors=COLORS["data"])
+    plot_points(x, plane, limit=limit, color=COLORS["model"])
+    plane.set_title(f"samples at step {step}")
+    _corner(plane, "data", COLORS["data"])
+    return fig
+
+
+def conditional_average(mixture, x, ends, place, field):
+    """3(a): arrows from x (N, 2) to their ends, and beside it a field (points, arrows)."""
+    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.2), sharey=True)
+    full = {"scale": 1, "scale_units": "xy"}
+    for ax in axes:
+        plot_density(mixture, ax, limit=2.9, levels=4, colors="0.7")
+    plot_field(x, ends - x, axes[0], color=COLORS["data"], width=0.004, **full)
+    plot_field(*place, axes[0], limit=2.9, color=COLORS["exact"], width=0.014, zorder=3, **full)
+    plot_field(*field, axes[1], limit=2.9, color=COLORS["exact"], width=0.005, **full)
+    axes[0].set_title("targets through one place, and their mean")
+    axes[1].set_title("the mean at every place: the marginal field")
+    _corner(axes[0], "arrows end in\ntheir data point", COLORS["data"])
+    _corner(axes[0], "black: mean", y=0.03)
+    return fig
+
+
+def cancellation(gaps, printed, simple):
+    """3(a): errors of the printed and the simplified form against 1 - t."""
+    fig, ax = plt.subplots(figsize=(FULL, 2.6))
+    ax.loglog(gaps, 2.0**-23 / gaps, "--", color=COLORS["exact"], linewidth=0.9)
+    ax.loglog(gaps, printed, "o-", markersize=4, color=_WRONG)
+    ax.loglog(gaps, simple, "s-", markersize=4, color=COLORS["model"])
+    ax.text(gaps[12], 6 * printed[12], "as printed", color=_WRONG, ha="right")
+    ax.text(gaps[12], 3 * simple[12], "simplified", color=COLORS["model"])
+    ax.text(gaps[16], 2.0**-23 / gaps[16] / 9, r"rounding times $1\,/\,(1-t)$")
+    ax.set(xlabel="$1 - t$ (the data are on the right)", ylabel="error of $u_t(x_t|z)$")
+    ax.invert_xaxis()
+    return fig
+
+
+def loss_and_floor(steps, excess, times, loss, floor, ends):
+    """3(c): excess over the floor by step; by time the loss of the network and the floor."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    left.loglog(steps, excess, "o-", color=COLORS["model"], markersize=4)
+    left.set(xlabel="step of training", ylabel="loss $-$ floor", title="what is above the floor")
+    right.plot(times, floor, color=COLORS["exact"], label="floor, exact")
+    right.plot(times, loss, "o", color=COLORS["model"], markersize=4, label="trained network")
+    right.plot((0, 1), ends, "*", color=COLORS["exact"], markersize=9, clip_on=False)
+    right.text(0.02, ends[0] - 0.45, r"Var$(z)$ / 2")
+    right.text(0.98, ends[1] - 0.55, r"Var$(\epsilon)$ / 2", ha="right")
+    right.set(xlabel="$t$", ylabel="loss at time $t$", xlim=(0, 1), ylim=(0, 3))
+    right.legend(loc="lower left")
+    return fig
+
+
+def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
+    """Rows {name: (color or colors, clouds)} of clouds (N, 2); titles of the columns, or times."""
+    height = 0.35 + len(rows) * (FULL - 0.5) / len(titles)
+    grid = {"sharex": True, "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(len(rows), len(titles), figsize=(FULL, height), **grid)
+    for line, (name, (color, clouds)) in zip(axes, rows.items(), strict=True):
+        colors = color if isinstance(color, list) else [color] * len(clouds)
+        for ax, cloud, shade in zip(line, clouds, colors, strict=True):
+            if mixture is not None:
+                plot_density(mixture, ax, limit=limit, levels=3, colors="0.7")
+            plot_points(cloud, ax, limit=limit, color=shade, s=size)
+            ax.set(xlabel="", ylabel="", xticks=ticks, yticks=ticks)
+        line[0].set_ylabel(name, color=colors[0])
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title if isinstance(title, str) else f"$t = {title:g}$")
+    return fig
+
+
+def solver_paths(fine, coarse, name, limit=3.4):
+    """3(d): trajectories (N+1, B, 2) of a fine and of a coarse solution from the same noise."""
+    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.1), sharey=True)
+    axes[0].plot(*fine[:, :12].unbind(dim=2), color=COLORS["exact"], linewidth=0.7)
+    axes[0].plot(*coarse[:, :12].unbind(dim=2), ".-", color=COLORS["model"], markersize=4)
+    plot_points(fine[-1], axes[1], color=COLORS["exact"], s=2)
+    plot_points(coarse[-1], axes[1], color=COLORS["model"], s=6)
+    for ax, title in zip(axes, ("twelve starts", "where all end"), strict=True):
+        _frame_plane(ax, limit)
+        ax.set_title(title)
+    _corner(axes[0], name, COLORS["model"])
+    _corner(axes[0], "black: very many steps", y=0.03)
+    return fig
+
+
+def step_count(clouds, excess, errors, network):
+    """3(d): clouds {n: points (N, 2)}; excess {n: (mean, bar)}; errors {method: {n: value}}."""
+    fig = plt.figure(figsize=(FULL, 4.2))
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.72, 2.4))
+    for ax, (n, x) in zip(top.subplots(1, len(clouds), sharey=True), clouds.items(), strict=True):
+        plot_points(x, ax, limit=3.2, color=COLORS["model"], s=3)
+        ax.set(title=f"$n_t = {n}$", xlabel="", ylabel="", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+    left, right = bottom.subplots(1, 2)
+    values, bars = torch.tensor(list(excess.values())).T
+    style = {"markersize": 4, "linewidth": 1}
+    left.errorbar(list(excess), values, 2 * bars, fmt="o-", color=COLORS["model"], **style)
+    left.axhline(0, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    left.text(1, 0.001, "a perfect sample", va="bottom")
+    left.set(xlabel="$n_t$, steps of Euler's method", ylabel="distance to the data, excess")
+    left.set_yscale("symlog", linthresh=0.01)
+    left.set_ylim(-0.01, 2)
+    for (name, row), color in zip(errors.items(), (COLORS["model"], COLORS["noise"]), strict=True):
+        right.plot(list(row), list(row.values()), "o-", color=color, label=name, **style)
+    right.axhline(network, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    right.text(1, 0.9 * network, "network", va="top")
+    right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
+    right.set_yscale("log")
+    right.legend(loc="lower left")
+    for ax in (left, right):
+        ax.set_xscale("log")
+    return fig
+
+
+def field_error(side, maps):
+    """Beyond: maps {t: (errors (K, K), log densities, level)} on the grid side x side."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
+    for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
+        style = {"norm": "log", "vmin": 0.01, "vmax": 10, "rasterized": True}
+        mesh = ax.pcolormesh(side, side, error, **style)
+        ax.contour(side, side, log_density, levels=[level], colors="white", linestyles="solid")
+        ax.set(title=f"$t = {t:.2f}$", aspect="equal", xlabel="$x_1$", xticks=(-3, 0, 3))
+    _corner(axes[0], "inside: 99 %", "white")
+    axes[0].set_ylabel("$x_2$")
+    fig.colorbar(mesh, ax=axes, label=r"$|u^\theta_t - u_t|$", shrink=0.7)
+    return fig
+
+
+def likelihood(side, densities, log_p, difference):
+    """Beyond: densities {name: (K, K)}; the difference of log densities at data points."""
+    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3), width_ratios=(1, 1, 1.3))
+    for ax, (name, density) in zip(axes, densities.items(), strict=False):
+        ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
+        ax.set(aspect="equal", xlabel="$x_1$", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), title=name)
+    axes[0].set_ylabel("$x_2$")
+    axes[2].plot(log_p, difference, ".", color=COLORS["model"], markersize=1.5, rasterized=True)
+    axes[2].axhline(0, color=COLORS["exact"], linewidth=0.9)
+    axes[2].set_xlabel(r"$\log p_{\mathrm{data}}(x)$")
+    axes[2].set_title(r"$\log p^\theta - \log p_{\mathrm{data}}$")
+    return fig
+
+
+def straighter(flows, numbers, distances, floor):
+    """Beyond: flows {name: xs (N+1, B, 2)}; distances {name: (mean, bar)} over the numbers."""
+    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.4), width_ratios=(1, 1, 1.3))
+    looks = zip(flows.items(), (COLORS["noise"], COLORS["model"]), strict=True)
+    for ax, ((name, xs), color) in zip(axes, looks, strict=False):
+        ax.plot(*xs.unbind(dim=2), color=color, linewidth=0.4, rasterized=True)
+        plot_points(xs[-1], ax, limit=3, color=COLORS["exact"], s=2)
+        ax.set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        axes[2].errorbar(numbers, *distances[name], fmt="o-", color=color, markersize=3, capsize=2)
+        axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
+    axes[2].axhline(floor, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
+    axes[2].set_ylim(0.5 * floor)
+    axes[2].set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="distance to the data")
+    axes[2].set_xticks(numbers, [str(n) for n in numbers])
+    axes[2].minorticks_off()
     return fig
