@@ -276,10 +276,8 @@ def evaluate_flows(judge, device, n=500, evaluations=32):
     Of flow_linear also the distances to the nearest training image.
     """
     train, _ = helpers.load_fashion_mnist("train")
-    pixels, generator = helpers.to_model_range(train), helpers.make_generator(SEED)
-    real = pixels[torch.randperm(len(pixels), generator=generator)[:n]]
-    rows = [{"samples": "training images", **judge.measure(real), **judge.coverage(real)}]
-    flows, features, grid = {}, [], helpers.sampling_grid(evaluations)
+    pixels, grid = helpers.to_model_range(train), helpers.sampling_grid(evaluations)
+    flows, features, rows = {}, [], []
     for name, scheduler in helpers.SCHEDULERS.items():
         network = helpers.load_weights(UNet(), f"flow_{name}").to(device)
         flows[f"flow_{name}"] = network if name == "linear" else straight_field(network, scheduler)
@@ -293,12 +291,11 @@ def evaluate_flows(judge, device, n=500, evaluations=32):
             first = x.clamp(-1, 1)
         features.append(judge.features(x))
         away = (x.clamp(-1, 1) - first).square().flatten(1).mean(dim=1).sqrt()
-        row = {"samples": name, **judge.measure(x), **judge.coverage(x)}
-        rows.append({**row, "rms_to_linear": away.mean().item()})
+        rows.append({"network": name, **judge.measure(x), "rms_to_linear": away.mean().item()})
         print(rows[-1], flush=True)
-    for row, error, difference in zip(rows[1:], *bootstrap(judge, features), strict=True):
+    for row, error, difference in zip(rows, *bootstrap(judge, features), strict=True):
         row |= {"frechet_error": error, "difference_error": difference}
-    for row, excess in zip(rows[1:], denoising_excess(flows, judge, device), strict=True):
+    for row, excess in zip(rows, denoising_excess(flows, judge, device), strict=True):
         row |= {"excess": excess[0], "excess_error": excess[1]}
     distances = {"samples": first, "test images": judge.test[:n]}
     distances = {k: nearest_distances(x, pixels).tolist() for k, x in distances.items()}

@@ -907,8 +907,7 @@ def training_loss(losses, times, curves):
     right.set(xlabel="$t$", title="by time, after training", xlim=(0, 1))
     right.text(0.62, 2.5, "exact minimiser,\ntest images", ha="right")
     right.text(0.44, 0.013, "exact minimiser,\ntraining images")
-    network = "network, training\nand test images (dashed)"
-    right.text(1, 0.13, network, color=COLORS["model"], ha="right", va="top")
+    right.text(1, 0.13, "network, both", color=COLORS["model"], ha="right", va="top")
     return fig
 
 
@@ -930,7 +929,9 @@ def steps_or_geometry(places, errors, corners):
     right.axhline(2 / 255, color=_GREY, ls=":")
     right.text(len(places) - 0.6, 2 / 255, "one grey level", ha="right", va="bottom", color="0.4")
     for ax, text in ((left, "error of the solver"), (right, "noise left in the corners")):
-        ax.set(yscale="log", title=text, xlim=(-0.5, len(places) - 0.5))
+        ax.set(
+            yscale="log", title=text, xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5)
+        )
         ax.set_xticks(range(len(places)), places)
         ax.legend(loc="upper left")
         low, high = ax.get_ylim()
