@@ -858,11 +858,8 @@ def unet():
         else:
             _arrow(ax, (low[0] + 0.57, low[1]), (high[0] - 0.25, high[1] - 0.21))
             ax.text(high[0] - 0.42, low[1] + 0.03, text, va="center", fontsize=7)
-    for x, text in (
-        (xs[0], "image $x_t$: conv 3×3, 1 → 32"),
-        (xs[4], "norm, SiLU, conv 3×3, 32 → 1"),
-    ):
-        _box(ax, min(max(x, 0.93), 5.57), 3.8, 1.76, text, "white", 0.3)
+    _box(ax, 0.93, 3.8, 1.76, "image $x_t$: conv 3×3, 1 → 32", "white", 0.3)
+    _box(ax, 5.57, 3.8, 1.76, "norm, SiLU, conv 3×3, 32 → 1", "white", 0.3)
     _arrow(ax, (xs[0], 3.65), (xs[0], 3.36))
     _arrow(ax, (xs[4], 3.36), (xs[4], 3.65))
     for k in (0, 1):
@@ -881,17 +878,12 @@ def unet():
     _arrow(ax, (5.8, 0.62), (6.2, 0.62))
     ax.plot((0.45, 0.45, 5.72), (0.5, 0.22, 0.22), color="0.3", lw=0.9)
     _arrow(ax, (5.72, 0.22), (5.72, 0.52))
-    ax.text(
-        3.25,
-        0.1,
-        "one residual layer: its input takes the bypass and is added",
-        ha="center",
-        fontsize=7.5,
-    )
+    text = "one residual layer: its input takes the bypass and is added"
+    ax.text(3.25, 0.1, text, ha="center", fontsize=7.5)
     return fig
 
 
-def training_loss(losses, times, curves):
+def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True, layout="constrained")
     plot_loss(losses, left)
@@ -922,16 +914,19 @@ def steps_or_geometry(places, errors, corners):
         spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
         at = torch.arange(len(places)) + shift
         left.errorbar(at, mean, spread, fmt=marker, color=color, capsize=2, ms=4, label=curve)
-    for (solver, noise), color, marker in zip(
-        corners.items(), (COLORS["model"], COLORS["noise"]), "o^", strict=True
-    ):
-        right.plot(range(len(places)), noise, marker, color=color, ms=5, label=solver)
+    for (solver, noise), look in zip(corners.items(), ("o", "^"), strict=True):
+        right.plot(
+            range(len(places)),
+            noise,
+            look,
+            color=COLORS["model" if look == "o" else "noise"],
+            label=solver,
+        )
     right.axhline(2 / 255, color=_GREY, ls=":")
     right.text(len(places) - 0.6, 2 / 255, "one grey level", ha="right", va="bottom", color="0.4")
     for ax, text in ((left, "error of the solver"), (right, "noise left in the corners")):
-        ax.set(
-            yscale="log", title=text, xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5)
-        )
+        ax.set(yscale="log", title=text, xlabel="place of the steps")
+        ax.set_xlim(-0.5, len(places) - 0.5)
         ax.set_xticks(range(len(places)), places)
         ax.legend(loc="upper left")
         low, high = ax.get_ylim()
@@ -939,21 +934,6 @@ def steps_or_geometry(places, errors, corners):
         ax.set_yticks(marks, [f"{m:g}" for m in marks])
         ax.minorticks_off()
         ax.set_ylim(low, high * 2)
-    return fig
-
-
-def loss_weights(levels, excess):
-    """4(d): {name: (mean, error)} of the denoising error over the linear network's, in %."""
-    fig, ax = plt.subplots(figsize=(HALF, 2.4), layout="constrained")
-    colors = COLORS["noise"], COLORS["data"]
-    for (name, (mean, error)), color in zip(excess.items(), colors, strict=True):
-        ax.fill_between(levels, mean - 2 * error, mean + 2 * error, color=color, alpha=0.2, lw=0)
-        ax.plot(levels, mean, color=color, label=f"trained on {name}")
-    ax.axhline(0, color=COLORS["model"], label="trained on linear")
-    ax.set(xlabel="share $s$ of the image in $x_t$", ylabel="excess error, %", xlim=(0, 1))
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.6 * (high - low))
-    ax.legend(loc="upper left", labelspacing=0.2)
     return fig
 
 
