@@ -899,7 +899,7 @@ def exact_minimiser(losses, times, curves):
     right.set(xlabel="$t$", title="by time, after training", xlim=(0, 1))
     right.text(0.62, 2.5, "exact minimiser,\ntest images", ha="right")
     right.text(0.44, 0.013, "exact minimiser,\ntraining images")
-    right.text(1, 0.13, "network, both", color=COLORS["model"], ha="right", va="top")
+    right.text(1, 0.13, "the network, both", color=COLORS["model"], ha="right", va="top")
     return fig
 
 
