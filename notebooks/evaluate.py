@@ -3,8 +3,10 @@
 Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     classifier        train the network that measures samples (data/weights/classifier.pt)
     floor             the Frechet distance of real images, ten sets of 500 and of 1000
-    schedulers        question 4(d): one flow along every schedule, and every flow along its own
     guidance          notebook 04: samples with labels, quality against diversity
+    fit               question 4(b): the network and the exact minimiser of its loss, by time
+    flows             questions 4(c), 4(d): the three flows on one path and grid, and copies
+    places            question 4(d): error of the solver by the place of its steps and by the curve
     quality           10 000 samples of flow_linear: precision, recall, shares of the classes
     plain_recipe      the same for the plain recipe of public course labs, trained for it
     sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
@@ -148,31 +150,194 @@ def evaluate_floor(judge, device, draws=10):
     save("floor", ["classifier"], rows, device, draws=draws)
 
 
-def evaluate_schedulers(judge, device, n=1000):
-    """Question 4(d): flows from the same noise by Heun's method.
+def straight_field(velocity, scheduler):
+    """The velocity of the linear path, from that of a network trained along a scheduler.
 
-    flow_linear along every schedule, and the flow of every schedule along its own.
+    The inverse of helpers.reschedule: with c = alpha + beta at the time t where alpha / c is the
+    level s, u'_s(x) = (u_t(c x) - c_dot x) / (c s_dot). Levels below 0.01 are asked at 0.01, where
+    c s_dot is not yet 0 for any schedule.
     """
-    flows = {name: helpers.load_weights(UNet(), name).to(device) for name in FLOWS}
-    linear = flows["flow_linear"]
-    cases = [
-        ("flow_linear", name, helpers.reschedule(linear, scheduler))
-        for name, scheduler in helpers.SCHEDULERS.items()
-    ]
-    cases += [(name, name.removeprefix("flow_"), flows[name]) for name in FLOWS[1:]]
-    precision = helpers.choose_dtype(linear, device)
-    rows = []
-    for network, schedule, velocity in cases:
-        for steps in (4, 8, 16, 32):
 
-            def solve(x0, generator, velocity=velocity, steps=steps):
-                return helpers.heun(velocity, x0, helpers.time_grid(steps))
+    def straight(x, s):
+        t = time_at_level(scheduler, s.clamp(min=0.01)).to(x.dtype)
+        alpha_dot, beta_dot = scheduler.alpha_dot(t), scheduler.beta_dot(t)
+        alpha, beta = scheduler.alpha(t), scheduler.beta(t)
+        scale, growth = (helpers.expand_like(v, x) for v in (alpha + beta, alpha_dot + beta_dot))
+        speed = helpers.expand_like(alpha_dot * beta - alpha * beta_dot, x) / scale
+        return (velocity(scale * x, t) - growth * x) / speed
 
-            x = sample(solve, n, device, precision)
-            case = {"network": network, "scheduler": schedule, "evaluations": 2 * steps}
-            rows.append({**case, **judge.measure(x)})
+    return straight
+
+
+def time_at_level(scheduler, level):
+    """The t (B,) at which alpha / (alpha + beta), which increases, is the level (B,); float64."""
+    level, low = level.double().clamp(0, 1), torch.zeros_like(level, dtype=torch.float64)
+    width = 0.5
+    for _ in range(50):  # bisection
+        t = low + width
+        alpha = scheduler.alpha(t)
+        low = torch.where(alpha <= level * (alpha + scheduler.beta(t)), t, low)
+        width /= 2
+    return low
+
+
+TIMES = [0.05 + 0.1 * k for k in range(10)]
+
+
+@torch.no_grad()
+def evaluate_fit(judge, device, n=10_000, least=2000):
+    """Question 4(b): flow_linear and the exact minimiser of its loss, by time, on both sets.
+
+    A training and a test image share t and noise; the minimiser on the first `least` of each time.
+    """
+    train, _ = helpers.load_fashion_mnist("train")
+    generator = helpers.make_generator(SEED)
+    pixels = helpers.to_model_range(train)
+    chosen = torch.randperm(len(train), generator=generator)[:n].reshape(10, -1)
+    sets = {"training": pixels[chosen], "test": judge.test[:n].reshape(10, -1, 1, 28, 28)}
+    path = helpers.GaussianPath(helpers.LinearScheduler())
+    network = helpers.load_weights(UNet(), "flow_linear").to(device)
+
+    def minimiser(x, t):
+        return helpers.empirical_velocity(pixels.to(device), x, t, path.scheduler)
+
+    rows, noise = [], torch.randn(n, 1, 28, 28, generator=generator).reshape(10, -1, 1, 28, 28)
+    gaps = {}
+    for field, velocity, count in (("network", network, n), ("minimiser", minimiser, least)):
+        for images, data in sets.items():
+            losses = []
+            for t, z, eps in zip(TIMES, data, noise, strict=True):
+                pair = z[: count // 10].split(100), eps[: count // 10].split(100)
+                for z, eps in zip(*pair, strict=True):
+                    z, eps, at = z.to(device), eps.to(device), torch.full((len(z),), t).to(device)
+                    error = velocity(path.sample(z, at, eps), at) - path.velocity_target(z, at, eps)
+                    losses.append(error.square().flatten(1).mean(dim=1).cpu())
+            losses = gaps[field, images] = torch.cat(losses).reshape(10, -1)
+            error = losses.std(dim=1) / losses.shape[1] ** 0.5
+            row = {"field": field, "images": images, "each": losses.shape[1]}
+            rows.append({**row, "mean": losses.mean(dim=1).tolist(), "error": error.tolist()})
             print(rows[-1], flush=True)
-    save("schedulers", [*FLOWS, "classifier"], rows, device, n=n, precision=precision)
+    gap = gaps["network", "test"] - gaps["network", "training"]  # of pairs
+    settings = {"n": n, "times": TIMES, "gap": gap.mean().item()}
+    settings["gap_error"] = (gap.var(dim=1).mean() / n).sqrt().item()
+    save("fit", ["flow_linear"], rows, device, **settings)
+
+
+def bootstrap(judge, features, draws=200):
+    """Standard errors over draws of the samples of each Frechet distance, and of the difference
+    to the first, the same draws for all; features: a list of (N, F) of the same noise."""
+    generator, values = helpers.make_generator(SEED), []
+    for _ in range(draws):
+        index = torch.randint(len(features[0]), (len(features[0]),), generator=generator)
+        values.append([helpers.frechet_distance(f[index], judge.test_features) for f in features])
+    values = torch.tensor(values)
+    return values.std(dim=0).tolist(), (values - values[:, :1]).std(dim=0).tolist()
+
+
+@torch.no_grad()
+def nearest_distances(x, pixels):
+    """Root mean square per pixel to the nearest training image, (N,): of x, mirrored or shifted by
+    up to a pixel as well. The nearest is found by matrix products and its distance then taken."""
+    flat, best = pixels.flatten(1), torch.full((len(x),), torch.inf)
+    half = flat.square().sum(dim=1) / 2
+    for mirrored, down, right in itertools.product((False, True), (0, 1, 2), (0, 1, 2)):
+        y = F.pad(x.flip(3) if mirrored else x, (1, 1, 1, 1), value=-1.0)
+        y = y[:, :, down : down + 28, right : right + 28].flatten(1)
+        index = torch.cat([(c @ flat.T - half).argmax(dim=1) for c in y.split(250)])
+        best = torch.minimum(best, (y - flat[index]).square().mean(dim=1).sqrt())
+    return best
+
+
+def denoising_excess(flows, judge, device, n=300):
+    """Error of E[z | x] on n test images at ten levels, over that of the first network: means and
+    standard errors, relative; all networks see the same corrupted images."""
+    path = helpers.GaussianPath(helpers.LinearScheduler())
+    z = judge.test[:n].to(device)
+    eps = torch.randn(z.shape, generator=helpers.make_generator(SEED)).to(device)
+    found = []
+    for velocity in flows.values():
+        errors = []
+        for level in TIMES:
+            s = torch.full((n,), level, device=device)
+            x = path.sample(z, s, eps)
+            with torch.no_grad():
+                u = torch.cat([velocity(*c) for c in zip(x.split(100), s.split(100), strict=True)])
+            error = path.velocity_to_data(u, x, s) - z
+            errors.append(error.square().flatten(1).mean(dim=1).cpu())
+        found.append(torch.stack(errors))  # (levels, images)
+    excess = [(e - found[0]) / found[0].mean(dim=1, keepdim=True) for e in found]
+    return [(e.mean(dim=1).tolist(), (e.std(dim=1) / n**0.5).tolist()) for e in excess]
+
+
+def evaluate_flows(judge, device, n=500, evaluations=32):
+    """Questions 4(c), 4(d): the three flows, all on the straight path and one grid.
+
+    Adams-Bashforth 2 on helpers.sampling_grid, float32, one noise: what differs is the training.
+    Of flow_linear also the distances to the nearest training image.
+    """
+    train, _ = helpers.load_fashion_mnist("train")
+    pixels, grid = helpers.to_model_range(train), helpers.sampling_grid(evaluations)
+    flows, features, rows = {}, [], []
+    for name, scheduler in helpers.SCHEDULERS.items():
+        network = helpers.load_weights(UNet(), f"flow_{name}").to(device)
+        flows[f"flow_{name}"] = network if name == "linear" else straight_field(network, scheduler)
+    for name, velocity in flows.items():
+
+        def solve(x0, generator, velocity=velocity):
+            return helpers.adams_bashforth2(velocity, x0, grid)
+
+        x = sample(solve, n, device, "float32")
+        if name == "flow_linear":
+            first = x.clamp(-1, 1)
+        features.append(judge.features(x))
+        away = (x.clamp(-1, 1) - first).square().flatten(1).mean(dim=1).sqrt()
+        rows.append({"network": name, **judge.measure(x), "rms_to_linear": away.mean().item()})
+        print(rows[-1], flush=True)
+    for row, error, difference in zip(rows, *bootstrap(judge, features), strict=True):
+        row |= {"frechet_error": error, "difference_error": difference}
+    for row, excess in zip(rows, denoising_excess(flows, judge, device), strict=True):
+        row |= {"excess": excess[0], "excess_error": excess[1]}
+    distances = {"samples": first, "test images": judge.test[:n]}
+    distances = {k: nearest_distances(x, pixels).tolist() for k, x in distances.items()}
+    settings = {"n": n, "evaluations": evaluations, "precision": "float32", "levels": TIMES}
+    settings["nearest"] = {k: [round(v, 4) for v in values] for k, values in distances.items()}
+    networks = [*FLOWS, "classifier"]
+    save("flows", networks, rows, device, **settings)
+
+
+@torch.no_grad()
+def evaluate_places(judge, device, n=32, reference=128):
+    """Question 4(d): error of the solver by the place of the steps and by the curve, flow_linear.
+
+    Places are those of equal steps in t along a schedule, as levels s = alpha / (alpha + beta);
+    the curve is the linear path, or the cosine schedule's. Root mean square to a fine solution of
+    the same noise, mean and standard error over n images, and what is left in the corners.
+    """
+    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
+    cosine = helpers.SCHEDULERS["cosine"]
+    curves = {"straight": velocity, "cosine": helpers.reschedule(velocity, cosine)}
+    noise = torch.randn(n, 1, 28, 28, generator=helpers.make_generator(SEED)).to(device)
+    fine = helpers.adams_bashforth2(velocity, noise, helpers.sampling_grid(reference))
+    solvers = {"Adams-Bashforth 2": (helpers.adams_bashforth2, 1), "Heun": (helpers.heun, 2)}
+    rows = []
+    for (solver, (solve, calls)), evaluations, curve in itertools.product(
+        solvers.items(), (8, 16, 32), curves
+    ):
+        u = helpers.time_grid(evaluations // calls)
+        places = {"equal": u, "cosine": cosine.alpha(u) / (cosine.alpha(u) + cosine.beta(u))}
+        places |= {"polynomial": u**2, "grid": helpers.sampling_grid(evaluations // calls)}
+        for place, s in places.items():
+            ts = s if curve == "straight" else time_at_level(cosine, s)
+            ts[0], ts[-1] = 0, 1
+            x = solve(curves[curve], noise, ts)
+            errors = (x - fine).square().flatten(1).mean(dim=1).sqrt().cpu()
+            row = {"solver": solver, "evaluations": evaluations, "curve": curve, "place": place}
+            rows.append({**row, "errors": [round(e, 5) for e in errors.tolist()]})
+            rows[-1]["residual_noise"] = helpers.residual_noise(x)
+        print(rows[-1], flush=True)
+    settings = {"n": n, "reference": reference, "precision": "float32"}
+    settings["reference_noise"] = helpers.residual_noise(fine)
+    save("places", ["flow_linear"], rows, device, **settings)
 
 
 def sample_finely(velocity, n, device, precision):
@@ -364,9 +529,11 @@ def evaluate_budgets(device, n=2000, evaluations=200, batch=256, lr=4e-3, points
 
 JOBS = {
     "floor": evaluate_floor,
-    "schedulers": evaluate_schedulers,
     "guidance": evaluate_guidance,
     "quality": evaluate_quality,
+    "fit": evaluate_fit,
+    "flows": evaluate_flows,
+    "places": evaluate_places,
     "plain_recipe": evaluate_plain_recipe,
     "sigma": evaluate_sigma,
     "sigma_contained": evaluate_sigma_contained,

@@ -1183,3 +1183,156 @@ def straighter(flows, numbers, distances, floor):
     axes[2].set_xticks(numbers, [str(n) for n in numbers])
     axes[2].minorticks_off()
     return fig
+
+
+# ---------------------------------------------------------------------------------------
+# Notebook 04
+# ---------------------------------------------------------------------------------------
+
+
+def image_rows(rows, *, top=(), title="", width=FULL, margin=1.1):
+    """Rows of images {label: (N, 1, H, W)} in [-1, 1]; top: a label for each column.
+
+    margin: inches for the labels at the left, 0 for none.
+    """
+    columns, size = len(next(iter(rows.values()))), next(iter(rows.values())).shape[-1] + 2
+    side = (width - margin - 0.1) / columns
+    height = len(rows) * side + 0.2 * bool(title) + 0.18 * bool(len(top)) + 0.1
+    fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    plot_images(torch.cat([x[:columns] for x in rows.values()]), ax, columns=columns)
+    ax.set_title(title, loc="left", weight="bold", pad=4)
+    ax.tick_params(length=0, pad=2)
+    if margin:
+        ax.set_yticks([size * (k + 0.5) for k in range(len(rows))], list(rows))
+    if len(top):
+        ax.xaxis.tick_top()
+        ax.set_xticks([size * (k + 0.5) for k in range(columns)], list(top))
+    return fig
+
+
+def image_grid(x, *, columns, title):
+    """4(c): images (N, 1, H, W) in rows of so many columns, under a title."""
+    whole = len(x) // columns * columns
+    rows = x[:whole].reshape(-1, columns, *x.shape[1:])
+    return image_rows(dict(enumerate(rows)), title=title, margin=0)
+
+
+def _box(ax, x, y, width, text, color, height=0.42):
+    ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, fc=color, ec="0.4"))
+    ax.text(x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.05)
+
+
+def _arrow(ax, start, end, **style):
+    style = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0, "lw": 0.9} | style
+    ax.annotate("", xy=end, xytext=start, arrowprops=style)
+
+
+def unet():
+    """4(b): the UNet as built, the time in all eleven residual layers, and one such layer."""
+    fig, ax = plt.subplots(figsize=(FULL, 4.1), layout="constrained")
+    ax.set(xlim=(0, 6.5), ylim=(0, 4.1))
+    ax.axis("off")
+    blue, sand, green, grey, time = "#cfe3f3", "#f6dfc3", "#cfeadd", "#f2f2f2", COLORS["noise"]
+    xs, ys = (0.68, 1.96, 3.25, 4.54, 5.82), (3.15, 2.6, 2.05, 2.6, 3.15)
+    texts = ("2 residual layers\n32 at 28×28", "2 residual layers\n64 at 14×14")
+    texts += ("3 residual layers\n128 at 7×7", "1×1 conv 128 → 64\n2 residual layers")
+    texts += ("1×1 conv 64 → 32\n2 residual layers",)
+    for x, y, text, color in zip(xs, ys, texts, (blue, blue, sand, green, green), strict=True):
+        _box(ax, x, y, 1.14, text, color)
+        x += -0.36 if x < 3 else 0.1
+        _arrow(ax, (x, 1.5), (x, y - 0.21), color=time, ls="dotted")
+    for k, text in enumerate(("conv, stride 2", "conv, stride 2", "conv, ×2", "conv, ×2")):
+        low, high = (xs[k], ys[k]), (xs[k + 1], ys[k + 1])
+        if k < 2:
+            _arrow(ax, (low[0] + 0.25, low[1] - 0.21), (high[0] - 0.57, high[1]))
+            ax.text(high[0] - 0.86, high[1] - 0.02, text, ha="right", va="center", fontsize=7)
+        else:
+            _arrow(ax, (low[0] + 0.57, low[1]), (high[0] - 0.25, high[1] - 0.21))
+            ax.text(high[0] - 0.42, low[1] + 0.03, text, va="center", fontsize=7)
+    _box(ax, 0.93, 3.8, 1.76, "image $x_t$: conv 3×3, 1 → 32", "white", 0.3)
+    _box(ax, 5.57, 3.8, 1.76, "norm, SiLU, conv 3×3, 32 → 1", "white", 0.3)
+    _arrow(ax, (xs[0], 3.65), (xs[0], 3.36))
+    _arrow(ax, (xs[4], 3.36), (xs[4], 3.65))
+    for k in (0, 1):
+        _arrow(ax, (xs[k] + 0.57, ys[k]), (xs[4 - k] - 0.57, ys[k]), ls="dashed")
+        ax.text(3.25, ys[k] + 0.05, "skip, concatenated", ha="center", fontsize=7.5)
+    text = "time $t$ → sines, cosines → MLP: the embedding, into all eleven residual layers"
+    _box(ax, 3.25, 1.36, 6.2, text, "#dcecf8", 0.28)
+    chain = ("norm, SiLU,\nconv 3×3", "norm", "× (1 + scale)\n+ shift", "SiLU,\nconv 3×3")
+    for k, text in enumerate(chain):
+        _box(ax, 1.55 + 1.15 * k, 0.62, 0.9, text, grey)
+        _arrow(ax, (1.55 + 1.15 * k - (0.7 if k else 1.0), 0.62), (1.1 + 1.15 * k, 0.62))
+    _arrow(ax, (3.85, 1.22), (3.85, 0.83), color=time, ls="dotted")
+    ax.text(0.45, 0.62, "$x$", ha="center", va="center")
+    ax.text(5.72, 0.62, "+", ha="center", va="center", fontsize=12)
+    _arrow(ax, (5.45, 0.62), (5.63, 0.62))
+    _arrow(ax, (5.8, 0.62), (6.2, 0.62))
+    ax.plot((0.45, 0.45, 5.72), (0.5, 0.22, 0.22), color="0.3", lw=0.9)
+    _arrow(ax, (5.72, 0.22), (5.72, 0.52))
+    text = "one residual layer: its input takes the bypass and is added"
+    ax.text(3.25, 0.1, text, ha="center", fontsize=7.5)
+    return fig
+
+
+def exact_minimiser(losses, times, curves):
+    """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True, layout="constrained")
+    plot_loss(losses, left)
+    looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
+    for (field, images), (mean, error) in curves.items():
+        style = {"color": looks[field], "ls": "-" if images == "training" else "--"}
+        right.errorbar(times, mean.clamp(min=1e-6), 2 * error, marker=".", **style)
+    floor = curves["minimiser", "training"][0].mean()
+    left.axhline(floor, color=looks["minimiser"])
+    left.text(len(losses), floor * 0.9, "exact minimiser, training images", ha="right", va="top")
+    left.text(len(losses), 0.33, "the network", color=COLORS["model"], ha="right")
+    left.set(yscale="log", ylim=(1e-2, 60), title="training", ylabel="loss per pixel")
+    right.set(xlabel="$t$", title="by time, after training", xlim=(0, 1))
+    right.text(0.62, 2.5, "exact minimiser,\ntest images", ha="right")
+    right.text(0.44, 0.013, "exact minimiser,\ntraining images")
+    right.text(1, 0.13, "the network, both", color=COLORS["model"], ha="right", va="top")
+    return fig
+
+
+def steps_or_geometry(places, errors, corners):
+    """4(d): {curve: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
+
+    errors are geometric means of the solver's errors, their bars two standard errors in the log.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    looks = zip((COLORS["model"], COLORS["data"]), "os", (-0.08, 0.08), strict=True)
+    for (curve, (mean, bar)), (color, marker, shift) in zip(errors.items(), looks, strict=True):
+        spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
+        at = torch.arange(len(places)) + shift
+        left.errorbar(at, mean, spread, fmt=marker, color=color, capsize=2, ms=4, label=curve)
+    for (solver, noise), look in zip(corners.items(), ("o", "^"), strict=True):
+        right.plot(
+            range(len(places)),
+            noise,
+            look,
+            color=COLORS["model" if look == "o" else "noise"],
+            label=solver,
+        )
+    right.axhline(2 / 255, color=_GREY, ls=":")
+    right.text(len(places) - 0.6, 2 / 255, "one grey level", ha="right", va="bottom", color="0.4")
+    for ax, text in ((left, "error of the solver"), (right, "noise left in the corners")):
+        ax.set(yscale="log", title=text, xlabel="place of the steps")
+        ax.set_xlim(-0.5, len(places) - 0.5)
+        ax.set_xticks(range(len(places)), places)
+        ax.legend(loc="upper left")
+        low, high = ax.get_ylim()
+        marks = [m for m in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if m > low]
+        ax.set_yticks(marks, [f"{m:g}" for m in marks])
+        ax.minorticks_off()
+        ax.set_ylim(low, high * 2)
+    return fig
+
+
+def training_live(losses, x):
+    """Train it yourself: the losses so far, and images (16, 1, H, W) that the network draws."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    plot_loss(losses, left, window=10)
+    left.set(yscale="log", xlim=(0, None), title=f"step {len(losses)}")
+    plot_images(x, right, columns=4)
+    right.set_title("generated")
+    return fig

@@ -102,6 +102,7 @@ def move_sliders(page):
 
     Returns (controls found, pictures that changed)."""
     found = changed = 0
+    page.evaluate("jupyterapp.commands.execute('notebook:expand-all-headings'); null")
     page.locator(".jp-WindowedPanel-outer").first.hover()
     for _ in range(400):  # the page holds only the cells that are in view
         while (view := page.locator(".widget-vbox:not([data-moved])").first).count():
