@@ -1249,7 +1249,7 @@ def unet():
         else:
             _arrow(ax, (low[0] + 0.57, low[1]), (high[0] - 0.25, high[1] - 0.21))
             ax.text(high[0] - 0.42, low[1] + 0.03, text, va="center", fontsize=7)
-    _box(ax, 0.93, 3.8, 1.76, "image $x_t$: conv 3×3, 1 → 32", "white", 0.3)
+    _box(ax, 0.93, 3.8, 1.76, "noisy image: conv 3×3, 1 → 32", "white", 0.3)
     _box(ax, 5.57, 3.8, 1.76, "norm, SiLU, conv 3×3, 32 → 1", "white", 0.3)
     _arrow(ax, (xs[0], 3.65), (xs[0], 3.36))
     _arrow(ax, (xs[4], 3.36), (xs[4], 3.65))
