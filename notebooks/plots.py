@@ -813,8 +813,9 @@ def image_rows(rows):
     """5: {name: images (N, 1, H, W)}, a named row each."""
     count, left = len(next(iter(rows.values()))), 1.05
     height = (FULL - left) / max(count, 5) * len(rows)
-    fig = plt.figure(figsize=(FULL, height), layout="none")
-    ax = fig.add_axes((left / FULL, 0, 1 - left / FULL, 1), anchor="W")
+    place = {"left": left / FULL, "right": 1, "bottom": 0, "top": 1}
+    fig, ax = plt.subplots(figsize=(FULL, height), layout="none", gridspec_kw=place)
+    ax.set_anchor("W")
     plot_images(torch.cat(list(rows.values())), ax, columns=count)
     ax.set_yticks([15 + 30 * row for row in range(len(rows))], list(rows))
     ax.tick_params(length=0)
@@ -840,7 +841,9 @@ def infinite_loss(means, weighted, delta):
 def sigma_sweep(names, rows, floor):
     """5(b): {steps: ([squared Frechet distances of the sets], [noise])} over the sigma_t."""
     fig, axes = _page(2.8, 2)
-    for steps, color, shift in zip(rows, (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True):
+    for steps, color, shift in zip(
+        rows, (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True
+    ):
         places, (sets, noise) = torch.arange(len(names)) + shift, rows[steps]
         bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in sets]
         _dots(axes[0], places, [v.mean() for v in sets], bars, color, f"{steps} steps")
@@ -925,14 +928,15 @@ def point_clouds(rows, colors, limit=1.45, mixture=None):
     """Rows {name: {title: points (N, 2)}}, a colour for each column; contours of a mixture."""
     count = len(next(iter(rows.values())))
     fig, axes = _page((FULL - 0.3) / count * len(rows) + 0.35, count, len(rows), squeeze=False)
-    for line, (name, clouds) in zip(axes, rows.items(), strict=True):
-        for ax, (title, x), color in zip(line, clouds.items(), colors, strict=True):
+    for i, (name, clouds) in enumerate(rows.items()):
+        for ax, (title, x), color in zip(axes[i], clouds.items(), colors, strict=True):
             plot_points(x, ax, limit=limit, color=color, s=1.5, alpha=1)
             if mixture is not None:
                 plot_density(mixture, ax, limit=limit, levels=(0.02, 0.15))
-            ax.set(xticks=[], yticks=[], xlabel="", ylabel=name if ax is line[0] else "")
+            ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
             ax.spines[:].set_visible(False)
-            ax.set_title(title if line is axes[0] else "")
+            ax.set_title("" if i else title)
+        axes[i, 0].set_ylabel(name)
     return fig
 
 
