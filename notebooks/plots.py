@@ -834,7 +834,7 @@ def infinite_loss(means, weighted, delta):
         ax.axhline(1 / delta - 1, color=COLORS["exact"], linestyle="--", linewidth=0.8)
         ax.text(1.2, 1.3 / delta, r"$1/\delta - 1$, the mean on $t \leq 1 - \delta$")
     ax.set(xlabel="draws", ylabel="mean so far", ylim=(0.1, 1e8), xlim=(1, len(weighted)))
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper left")
     return fig
 
 
