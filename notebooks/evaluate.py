@@ -9,9 +9,9 @@ Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     places            question 4(d): error of the solver by the place of its steps and by the curve
     quality           10 000 samples of flow_linear: precision, recall, shares of the classes
     plain_recipe      the same for the plain recipe of public course labs, trained for it
+    score_losses      question 5(a): what training with each score loss gives, in the plane
     sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
-    sigma_contained   the same with the score that the velocity contains, without a second network
-    budgets           notebook 05: score SDE and flow ODE in the plane, at equal budgets
+    dogs              notebook 05: score SDE and flow ODE in the plane, by times of training
 Without a name, all but classifier and plain_recipe, which train. A record holds N, function
 evaluations, seeds, device, versions and the SHA-256 of the weights; the notebooks refuse a
 record of other weights. Written to build/records, or with --in-place, for maintainers, to data/.
@@ -19,6 +19,7 @@ record of other weights. Written to build/records, or with --in-place, for maint
 
 import functools
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -87,9 +88,9 @@ class Judge:
         }
 
 
-def sample(solve, n, device, precision):
+def sample(solve, n, device, precision, seed=SEED):
     """Solve from n draws of the noise in batches; solve(x0, generator) -> x; returns (n, ...)."""
-    generator = helpers.make_generator(SEED)
+    generator = helpers.make_generator(seed)
     noise = torch.randn(n, 1, 28, 28, generator=generator)
     dtype = getattr(torch, precision)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -408,123 +409,190 @@ def mean_spread(features, labels):
     return statistics.mean(g.var(dim=0).sum().sqrt().item() for g in groups)
 
 
-def sample_every_sigma(make_drift, judge, device, precision, n):
-    """Rows for every sigma_t at 50 and 250 steps; make_drift(sigma) is the drift of eq. (3)."""
+def evaluate_score_losses(device, steps=3000, batch=512, lr=5e-3):
+    """Question 5(a): what the network returns x the loss x three seeds, against the exact score.
+
+    The loss as printed, on all times or on t <= 1 - delta; or weighted by beta^2.
+    """
+    angles = torch.arange(5) * 2 * torch.pi / 5
+    data = {
+        "means": (2 * torch.stack([angles.cos(), angles.sin()], dim=1)).tolist(),
+        "stds": [0.15, 0.25, 0.35, 0.25, 0.15],
+        "weights": [1.0, 2.0, 3.0, 2.0, 1.0],
+    }
+    mixture = helpers.GaussianMixture(**data)
+    path = helpers.GaussianPath(helpers.LinearScheduler())
+    levels = [0.05 + 0.1 * k for k in range(10)] + [0.98, 0.995]
+    losses = [("printed", 0.0), ("printed", 0.01), ("printed", 0.1), ("weighted", 0.0)]
     rows = []
-    for steps in (50, 250):
-        ts = helpers.time_grid(steps)
-        for label, sigma in helpers.SIGMAS.items():
-            drift = make_drift(sigma)
+    for returns, (kind, delta), seed in itertools.product(("s", "noise"), losses, range(3)):
 
-            def solve(x0, generator, drift=drift, sigma=sigma, ts=ts):
-                return helpers.euler_maruyama(drift, sigma, x0, ts, generator=generator)
+        def loss(model, z, *, generator, weighted=kind == "weighted", delta=delta):
+            def times(n, generator):
+                return (1 - delta) * torch.rand(n, generator=generator, device=generator.device)
 
-            x = sample(solve, n, device, precision)
-            if label == "0 (ODE)":
-                ode = x
-            away = (x.clamp(-1, 1) - ode.clamp(-1, 1)).square().mean().sqrt().item()
-            rows.append({"sigma": label, "steps": steps, **judge.measure(x), "rms_to_ode": away})
-            print(rows[-1], flush=True)
-    return rows
+            options = {"weighted": weighted, "times": times, "generator": generator}
+            return helpers.score_matching_loss(model, z, path, **options)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = helpers.MLP()
+        model = (helpers.NoiseScore(net, path) if returns == "noise" else net).to(device)
+        helpers.train(model, loss, mixture_batches(mixture, batch), steps=steps, lr=lr, seed=seed)
+        case = {"returns": returns, "loss": kind, "delta": delta, "seed": seed}
+        rows.append({**case, "errors": score_errors(model.cpu(), mixture, path, levels)})
+        print(case, " ".join(f"{e:.2f}" for e in rows[-1]["errors"]), flush=True)
+    settings = {"mixture": data, "levels": levels, "steps": steps, "batch": batch, "lr": lr}
+    save("score_losses", [], rows, device, **settings)
 
 
-def evaluate_sigma(judge, device, n=500):
+def mixture_batches(mixture, batch):
+    """sample_batch of a mixture for train."""
+    return lambda generator: mixture.sample(batch, generator=generator)
+
+
+@torch.no_grad()
+def score_errors(score, mixture, path, levels, n=4000):
+    """Error of a score relative to the exact one, root mean squares over p_t, for each level."""
+    generator, errors = helpers.make_generator(SEED), []
+    for level in levels:
+        marginal = mixture.at_time(path.scheduler, level)
+        x = marginal.sample(n, generator=generator)
+        exact = marginal.score(x)
+        error = score(x, torch.full((n,), level)) - exact
+        errors.append((error.norm() / exact.norm()).item())
+    return errors
+
+
+def evaluate_sigma(judge, device, n=500, sets=5):
     """Question 5(b): Euler-Maruyama on eq. (3), with the trained velocity and score."""
     path = helpers.GaussianPath(helpers.LinearScheduler())
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     net = helpers.load_weights(UNet(), "score_linear").to(device)
-    precision = helpers.choose_dtype(velocity, device)
-    make_drift = functools.partial(helpers.sde_drift, velocity, helpers.NoiseScore(net, path))
-    rows = sample_every_sigma(make_drift, judge, device, precision, n)
+    precision, score = helpers.choose_dtype(velocity, device), helpers.NoiseScore(net, path)
+    rows = []
+    for number, steps, (label, sigma) in itertools.product(
+        range(sets), (50, 250), helpers.SIGMAS.items()
+    ):
+        if number and steps != 50:
+            continue  # one set where nothing is ranked
+        drift, ts = helpers.sde_drift(velocity, score, sigma), helpers.time_grid(steps)
+
+        def solve(x0, generator, drift=drift, sigma=sigma, ts=ts):
+            return helpers.euler_maruyama(drift, sigma, x0, ts, generator=generator)
+
+        x = sample(solve, n, device, precision, SEED + number)
+        rows.append({"sigma": label, "steps": steps, "set": number, **judge.measure(x)})
+        print(rows[-1], flush=True)
     networks = ["flow_linear", "score_linear", "classifier"]
     save("sigma", networks, rows, device, n=n, precision=precision)
 
 
-def evaluate_sigma_contained(judge, device, n=500):
-    """Question 5(b) with one network: the score that the velocity contains."""
-    path = helpers.GaussianPath(helpers.LinearScheduler())
-    velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
-    precision = helpers.choose_dtype(velocity, device)
-    make_drift = functools.partial(helpers.sde_drift_from_velocity, velocity, path)
-    rows = sample_every_sigma(make_drift, judge, device, precision, n)
-    save("sigma_contained", ["flow_linear", "classifier"], rows, device, n=n, precision=precision)
+def late_half(late):
+    """A sampler of times: half of them uniform, half late(u) with u uniform on [0, 1]."""
+
+    def times(n, generator):
+        uniform, u = torch.rand(2, n, generator=generator)
+        return torch.where(torch.rand(n, generator=generator) < 0.5, late(u), uniform)
+
+    return times
 
 
-def train_dog(loss, dogs, *, hidden, steps, batch, lr, seed):
-    """Train an MLP of three hidden layers on points of the dog; returns it in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = helpers.MLP(hidden=hidden, layers=3).to(dogs.device)
+def sample_dogs(kind, net, path, noise, generator, steps=200):
+    """{sampler: points} from noise (N, 2), with as many evaluations of the network each.
 
-    def sample_batch(generator):
-        index = torch.randint(len(dogs), (batch,), generator=generator, device=dogs.device)
-        return dogs[index]
-
-    helpers.train(net, loss, sample_batch, steps=steps, lr=lr, seed=seed)
-    return net
-
-
-def dog_samplers(path, net, evaluations):
-    """(drift, diffusion, times) of an SDE and an ODE with as many evaluations of the network.
-
-    net predicts the velocity if the path is linear, else the noise of the variance-preserving
-    path, whose SDE has the rate 2/t, singular at t = 0: it starts at t = 0.01.
+    Score: reverse SDE and probability-flow ODE (Heun) of the variance-preserving path, on a grid
+    with equal steps in log(alpha / beta) that ends at beta = 0.02 with the posterior mean. Flow:
+    Heun's method on a grid that is fine at the end.
     """
-    if isinstance(path.scheduler, helpers.LinearScheduler):
-        ts, sigma = helpers.time_grid(evaluations), helpers.SIGMAS["sqrt(2 beta)"]
-        drift = helpers.sde_drift_from_velocity(net, path, sigma)
-        return {"SDE": (drift, sigma, ts), "ODE": (net, 0, ts)}
-    ts = 1 - (1 - helpers.time_grid(evaluations, start=0.005)) ** 2
-    score = helpers.NoiseScore(net, path)
+    if kind == "flow":
+        ts = 1 - (1 - helpers.time_grid(steps // 2)) ** 2
+        return {"ODE": helpers.heun(net, noise, ts)}
+    score, rows = helpers.NoiseScore(net, path), {}
 
-    def drift(x, t, factor=2):
+    def drift(x, t, factor):
         return (x + factor * score(x, t)) / helpers.expand_like(t, x)
 
-    def velocity(x, t):
-        return drift(x, t, factor=1)
+    def end(x, t):
+        t = t.expand(len(x))
+        u = path.score_to_velocity(score(x, t), x, t)
+        return path.velocity_to_data(u, x, t).detach()
 
-    return {"SDE": (drift, lambda t: torch.sqrt(2 / t), ts), "ODE": (velocity, 0, ts)}
+    ts = log_snr_grid(steps)
+    sde = functools.partial(drift, factor=2)
+    x = helpers.euler_maruyama(sde, lambda t: torch.sqrt(2 / t), noise, ts, generator=generator)
+    rows["SDE"] = end(x, ts[-1])
+    ts = log_snr_grid(steps // 2)
+    rows["ODE"] = end(helpers.heun(functools.partial(drift, factor=1), noise, ts), ts[-1])
+    return rows
 
 
-def evaluate_budgets(device, n=2000, evaluations=200, batch=256, lr=4e-3, points=20_000):
-    """Beyond the assignment: score SDE and flow ODE from noise to the dog at equal budgets."""
+def log_snr_grid(steps, first=0.1, last_beta=0.02):
+    """Times on the variance-preserving path with equal steps in log(alpha / beta)."""
+    ends = [first / math.sqrt(1 - first**2), math.sqrt(1 - last_beta**2) / last_beta]
+    ratio = torch.exp(helpers.time_grid(steps, *map(math.log, ends)))
+    return ratio / torch.sqrt(1 + ratio**2)
+
+
+def evaluate_dogs(device, steps=3000, batch=256, lr=4e-3, hidden=128, octaves=5, n=3000):
+    """Beyond: score and flow from noise to the dog, by the times of training; three trainings.
+
+    Equal networks and budgets; 10^4 MMD^2 to fresh dogs at bandwidth 0.1, mean of blocks of 500.
+    """
     generator = helpers.make_generator(SEED)
-    dogs = helpers.silhouette("dog", points, generator=generator).to(device)
-    real = helpers.silhouette("dog", 9 * n, generator=generator).split(n)
-    noise = torch.randn(n, 2, generator=generator).to(device)
+    dogs = helpers.silhouette("dog", 100_000, generator=generator)
+    real, again, noise = (
+        helpers.silhouette("dog", n, generator=generator),
+        helpers.silhouette("dog", n, generator=generator),
+        torch.randn(n, 2, generator=generator),
+    )
     preserving = helpers.FunctionScheduler(lambda t: t, lambda t: torch.sqrt(1 - t**2))
-    flow_path = helpers.GaussianPath(helpers.LinearScheduler())
     score_path = helpers.GaussianPath(preserving)
+    flow_path = helpers.GaussianPath(helpers.LinearScheduler())
 
-    def flow_loss(net, z, *, generator):
-        return helpers.flow_matching_loss(net, z, flow_path, generator=generator)
+    def score_loss(net, z, *, generator, times):
+        score, options = helpers.NoiseScore(net, score_path), {"times": times}
+        return helpers.score_matching_loss(score, z, score_path, generator=generator, **options)
 
-    def score_loss(net, z, *, generator):
-        score = helpers.NoiseScore(net, score_path)
-        return helpers.score_matching_loss(score, z, score_path, generator=generator)
+    def flow_loss(net, z, *, generator, times):
+        return helpers.flow_matching_loss(net, z, flow_path, generator=generator, times=times)
 
     def distance(x):
-        directions = helpers.make_generator(SEED)
-        return helpers.sliced_wasserstein(real[0], x.cpu(), generator=directions)
+        pairs = zip(x.split(500), real.split(500), strict=True)
+        values = [1e4 * helpers.mmd2(a, b, 0.1) for a, b in pairs]
+        return {
+            "mmd2": statistics.mean(values),
+            "error": statistics.stdev(values) / len(values) ** 0.5,
+        }
 
-    rows = []
-    kinds = {"flow": (flow_path, flow_loss), "score": (score_path, score_loss)}
-    budgets = itertools.product((32, 128), (250, 1000, 4000), range(3), kinds)
-    for hidden, steps, seed, kind in budgets:
-        path, loss = kinds[kind]
-        case = {"hidden": hidden, "steps": steps, "seed": seed}
-        net = train_dog(loss, dogs, batch=batch, lr=lr, **case)
-        for sampler, (drift, sigma, ts) in dog_samplers(path, net, evaluations).items():
-            x = helpers.euler_maruyama(drift, sigma, noise, ts, generator=generator)
-            measures = {
-                "sliced_wasserstein": distance(x),
-                "mmd2": helpers.mmd2(real[0], x.cpu(), 0.3),
-            }
-            rows.append({"network": kind, "sampler": sampler, **case, **measures})
-        print(rows[-2], rows[-1]["sliced_wasserstein"], flush=True)
-    floor = [distance(x) for x in real[1:]]
-    settings = {"n": n, "evaluations": evaluations, "batch": batch, "lr": lr, "points": points}
-    save("budgets", [], rows, device, **settings, bandwidth=0.3, floor=floor)
+    def late_score(u):  # log beta uniform on [log 0.02, 0]
+        return torch.sqrt(1 - 0.02 ** (2 * u))
+
+    def late_flow(u):  # log(1 - t) uniform
+        return 1 - 0.02**u
+
+    kinds = {
+        "score": (score_path, score_loss, late_score, lambda t: torch.log(1 - t**2 + 1e-4) / 2),
+        "flow": (flow_path, flow_loss, late_flow, lambda t: torch.log(1 - t + 0.01)),
+    }
+    rows = [{"network": "fresh dogs", "times": "", "seed": 0, "sampler": "", **distance(again)}]
+    for seed, kind, times in itertools.product(range(3), kinds, ("uniform", "half late")):
+        path, loss, late, time_input = kinds[kind]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = helpers.MLP(2, hidden, 4, octaves=octaves, time_input=time_input)
+        loss = functools.partial(loss, times=late_half(late) if times == "half late" else None)
+
+        def sample_batch(generator):
+            return dogs[torch.randint(len(dogs), (batch,), generator=generator)]
+
+        helpers.train(net, loss, sample_batch, steps=steps, lr=lr, seed=seed)
+        case = {"network": kind, "times": times, "seed": seed}
+        for sampler, x in sample_dogs(kind, net, path, noise, generator).items():
+            rows.append({**case, "sampler": sampler, **distance(x)})
+            print(rows[-1], flush=True)
+    settings = {"n": n, "steps": steps, "batch": batch, "lr": lr, "hidden": hidden}
+    save("dogs", [], rows, device, **settings, bandwidth=0.1)
 
 
 JOBS = {
@@ -535,9 +603,9 @@ JOBS = {
     "flows": evaluate_flows,
     "places": evaluate_places,
     "plain_recipe": evaluate_plain_recipe,
+    "score_losses": lambda judge, device: evaluate_score_losses(torch.device("cpu")),
+    "dogs": lambda judge, device: evaluate_dogs(torch.device("cpu")),
     "sigma": evaluate_sigma,
-    "sigma_contained": evaluate_sigma_contained,
-    "budgets": lambda judge, device: evaluate_budgets(device),
 }
 
 

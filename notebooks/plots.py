@@ -1336,3 +1336,145 @@ def training_live(losses, x):
     plot_images(x, right, columns=4)
     right.set_title("generated")
     return fig
+
+
+# ---------------------------------------------------------------------------------------
+# Notebook 05
+# ---------------------------------------------------------------------------------------
+
+
+def _page(height, columns=1, rows=1, **options):
+    """A figure as wide as a page, and its axes."""
+    return plt.subplots(rows, columns, figsize=(FULL, height), layout="constrained", **options)
+
+
+def _dots(ax, x, y, bar, color, label=None, marker="o"):
+    style = {"fmt": marker, "color": color, "markersize": 4, "label": label}
+    ax.errorbar(x, y, bar, **style)
+
+
+def infinite_loss(means, weighted, delta):
+    """5(a): {seed: running means (N,)} of the printed loss on t <= 1 - delta, and weighted."""
+    fig, ax = _page(2.5)
+    shown = torch.logspace(0, math.log10(len(weighted)), 500).long().clamp(max=len(weighted))
+    for seed, values in means.items():
+        name = None if seed else "as printed, three runs"
+        ax.loglog(shown, values[shown - 1], color=_WRONG, label=name)
+    ax.loglog(shown, weighted[shown - 1], color=COLORS["model"], label=r"times $\beta_t^2$: 1")
+    if delta:
+        ax.axhline(1 / delta - 1, color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.text(1.2, 1.3 / delta, r"$1/\delta - 1$, the mean on $t \leq 1 - \delta$")
+    ax.set(xlabel="draws", ylabel="mean so far", ylim=(0.1, 1e8), xlim=(1, len(weighted)))
+    ax.legend(loc="upper left")
+    return fig
+
+
+def sigma_sweep(names, rows, floor):
+    """5(b): {steps: ([squared Frechet distances of the sets], [noise])} over the sigma_t."""
+    fig, axes = _page(2.8, 2)
+    for steps, color, shift in zip(
+        rows, (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True
+    ):
+        places, (sets, noise) = torch.arange(len(names)) + shift, rows[steps]
+        bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in sets]
+        _dots(axes[0], places, [v.mean() for v in sets], bars, color, f"{steps} steps")
+        axes[1].plot(places, noise, "o", color=color, markersize=4)
+    axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
+    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color="#555555")
+    for ax, name in zip(axes, ("squared Fréchet distance", "noise in the corners"), strict=True):
+        ax.set_xticks(range(len(names)), names)
+        ax.set(xlabel=r"$\sigma_t$", ylabel=name, yscale="log")
+    axes[0].set_ylim(0.05, 400)
+    axes[0].legend(loc="upper left")
+    return fig
+
+
+def last_steps(cases, results, predicted):
+    """5(b): {sigma: {number of last steps: (values, bars)}} for the cases; {sigma: one kick}."""
+    fig, axes = _page(2.7, len(results), sharey=True)
+    for ax, (sigma, groups) in zip(axes, results.items(), strict=True):
+        looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (0.12, -0.12), strict=True)
+        for (count, (values, bars)), color, shift in looks:
+            name = f"last {count} steps" if count > 1 else "last step"
+            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
+        ax.axhline(predicted[sigma], color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.text(-0.4, 0.85 * predicted[sigma], "one kick", va="top")
+        ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
+        ax.set_xticks(range(4), cases)
+    axes[0].set_ylabel("noise in the corners")
+    axes[0].legend(loc="lower left")
+    return fig
+
+
+def stability_map(sigmas, counts, final, images):
+    """Deeper: noise left of a point mass, (counts, sigmas), and of images {(sigma, n): noise}."""
+    fig, ax = _page(3.2)
+    limits = {"norm": "log", "vmin": 1e-2, "vmax": 1e2, "cmap": "viridis"}
+    mesh = ax.pcolormesh(sigmas, counts, final.clamp(1e-2, 1e2), rasterized=True, **limits)
+    ax.plot(sigmas, 2 / sigmas**2, color="white", linestyle="--")
+    ax.text(0.11, 14, "what is left: the noise\nof the last step", color="white")
+    ax.text(0.11, 240, r"dashed: $n = 2/\sigma^2$", color="white")
+    ax.text(0.75, 600, "the last steps amplify", color="black")
+    (s, n), noise = zip(*images, strict=True), list(images.values())
+    ax.scatter(s, n, c=noise, s=70, edgecolors="white", **limits)
+    ax.set(xscale="log", yscale="log", xlabel=r"$\sigma$", ylabel="steps $n$")
+    ax.set(xlim=(sigmas[0].item(), sigmas[-1].item()), ylim=(counts[0].item(), counts[-1].item()))
+    ax.set_xticks([0.1, 0.25, 0.5, 1, 2], ["0.1", "0.25", "0.5", "1", "2"])
+    ax.minorticks_off()
+    fig.colorbar(mesh, ax=ax, label="noise left\n(circles: the UNet's corners)")
+    return fig
+
+
+def invariance(names, short):
+    """Deeper: {program: standard errors by which the mean log p falls short (K,)}."""
+    fig, ax = _page(2.4)
+    ax.axhspan(-5, 5, color=_GREY, alpha=0.3, linewidth=0)
+    looks = zip(short.items(), (COLORS["model"], "#E69F00", _WRONG), strict=True)
+    for (name, values), color in looks:
+        ax.plot(range(len(names)), values, "o", color=color, markersize=5, label=name)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yscale("symlog", linthresh=5)
+    ax.set_yticks([-5, 0, 5, 10, 100], ["−5", "0", "5", "10", "100"])
+    ax.set(xlabel=r"$\sigma_t$", ylabel="falls short by\n(standard errors)", ylim=(-8, 900))
+    ax.text(len(names) - 0.9, -4, "grey: as exact draws", color="#555555", ha="right")
+    ax.legend(loc="upper left", ncols=3)
+    return fig
+
+
+def which_sigma(t, curves, factors):
+    """Deeper: {name: sigma_t (N,)} over t, and of each the factor of an error in the bound."""
+    fig, (left, right) = _page(2.6, 2)
+    colors = COLORS["model"], COLORS["data"], COLORS["noise"], "#CC79A7"
+    for (name, curve), color in zip(curves.items(), colors, strict=True):
+        left.plot(t, curve, color=color, label=name)
+        right.semilogy(t, factors[name], color=color)
+    left.set(xlabel="$t$", ylabel=r"$\sigma_t$", ylim=(0, 4), xlim=(0, 1))
+    left.legend(loc="upper right")
+    right.set(xlabel="$t$", ylabel="weight of an error,\nrelative to the best")
+    right.set(ylim=(0.8, 30), xlim=(0, 1))
+    return fig
+
+
+def point_clouds(rows, colors, limit=1.45, mixture=None):
+    """Rows {name: {title: points (N, 2)}}, a colour for each column; contours of a mixture."""
+    count = len(next(iter(rows.values())))
+    fig, axes = _page((FULL - 0.3) / count * len(rows) + 0.35, count, len(rows), squeeze=False)
+    for i, (name, clouds) in enumerate(rows.items()):
+        for ax, (title, x), color in zip(axes[i], clouds.items(), colors, strict=True):
+            plot_points(x, ax, limit=limit, color=color, s=1.5, alpha=1)
+            if mixture is not None:
+                plot_density(mixture, ax, limit=limit, levels=(0.02, 0.15))
+            ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
+            ax.spines[:].set_visible(False)
+            ax.set_title("" if i else title)
+        axes[i, 0].set_ylabel(name)
+    return fig
+
+
+def point_image(x, size=180, limit=1.7):
+    """Points (N, 2) as an image (size, size, 3) in [0, 1], for an animation."""
+    places = ((x / limit + 1) / 2 * size).long()
+    places = places[((places >= 0) & (places < size)).all(dim=1)]
+    image = torch.ones(size, size, 3)
+    image[size - 1 - places[:, 1], places[:, 0]] = torch.tensor([0.0, 0.4, 0.27])
+    return image
