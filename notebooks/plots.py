@@ -372,14 +372,6 @@ def watch(draw, every):
 # ---------------------------------------------------------------------------------------
 
 
-def plot_paths(ts, xs, ax, **style):
-    """Draw scalar trajectories xs (N+1, B) against ts (N+1,)."""
-    style = {"color": COLORS["model"], "linewidth": 0.8, "alpha": 0.8} | style
-    ax.plot(ts.detach().cpu(), xs.detach().cpu(), rasterized=xs.shape[1] > 20, **style)
-    ax.set_xlabel("$t$")
-    return ax
-
-
 def plot_points(x, ax, *, limit=None, **style):
     """Scatter points x (N, 2) in the plane with equal aspect; limit: half-width of the axes."""
     style = {"color": COLORS["data"], "s": 5, "linewidths": 0, "alpha": 0.7} | style
@@ -413,14 +405,6 @@ def plot_density(mixture, ax, *, limit, levels=6, **style):
     style = {"colors": COLORS["exact"], "linewidths": 0.7} | style
     ax.contour(xx, yy, density.reshape(xx.shape), levels=levels, **style)
     return _frame_plane(ax, limit)
-
-
-def plot_flow(xs, ax, *, limit=None, **style):
-    """Draw trajectories xs (N+1, B, 2) in the plane, starts in the noise's colour."""
-    style = {"color": "0.55", "linewidth": 0.4, "alpha": 0.6} | style
-    ax.plot(*xs.detach().cpu().unbind(dim=2), rasterized=True, zorder=0, **style)
-    plot_points(xs[0], ax, color=COLORS["noise"])
-    return plot_points(xs[-1], ax, limit=limit, color=COLORS["model"])
 
 
 def plot_field(x, u, ax, *, limit=None, **style):

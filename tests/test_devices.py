@@ -303,9 +303,7 @@ def test_the_result_is_that_of_the_cpu(case, device):
 def test_plots_take_tensors_of_the_device(device, ax):
     x = torch.randn(3, 16, 2, device=device)
     plots.plot_points(x[0], ax)
-    plots.plot_paths(torch.linspace(0, 1, 3, device=device), x[..., 0], ax)
     plots.plot_histogram(x[0], ax, limit=2)
-    plots.plot_flow(x, ax)
     plots.plot_field(x[0], x[1], ax)
     plots.plot_loss(x.flatten().square(), ax, window=10)
     plots.plot_images(torch.rand(4, 1, 8, 8, device=device), ax, columns=2)

@@ -100,11 +100,9 @@ def test_an_unwritable_folder_is_named(tmp_path, monkeypatch, shown):
 
 POINTS = torch.linspace(-1, 1, 40).reshape(20, 2)
 PLOTS = {
-    "plot_paths": (torch.linspace(0, 1, 5), torch.rand(5, 3)),
     "plot_points": (POINTS,),
     "plot_histogram": (POINTS,),
     "plot_density": (helpers.GaussianMixture([[0.0, 0.0]], [0.5]),),
-    "plot_flow": (POINTS.reshape(5, 4, 2),),
     "plot_field": (POINTS, -POINTS),
     "plot_loss": (torch.rand(300),),
     "plot_images": (torch.rand(7, 1, 8, 8) * 2 - 1,),
