@@ -16,7 +16,8 @@ FIGURES = [f for f in gallery.figures(ROOT) if f.notebook.name.startswith(REWRIT
 
 @pytest.mark.parametrize("name", [figure.name for figure in FIGURES])
 def test_a_printed_figure(name):
-    """A page's or a column's width; TrueType fonts; letters of 7 pt, scripts (0.7) of 6."""
+    """A page's or a column's width; TrueType fonts; letters of 7 pt; scripts (0.7 of a letter) and
+    root signs, which are fitted to what they cover, of 6."""
     (page,) = pypdf.PdfReader(ROOT / "figures" / f"{name}.pdf").pages
     assert float(page.mediabox.width) in (72 * plots.FULL, pytest.approx(72 * plots.HALF))
     fonts = page["/Resources"].get("/Font", {})
@@ -26,7 +27,7 @@ def test_a_printed_figure(name):
     sizes = {float(size) for size in re.findall(r"/F\S+ ([\d.]+) Tf", content)}
     scripts = {size for size in sizes if size < 7}
     assert all(size >= 6 for size in scripts), sizes
-    assert all(any(abs(size - 0.7 * s) < 0.01 for s in sizes) for size in scripts), sizes
+    assert all(any(abs(size - 0.7 * s) < 0.05 for s in sizes) for size in scripts), sizes
 
 
 @pytest.mark.parametrize("name", ["README.md", "figures.tex"])
