@@ -273,7 +273,8 @@ def stop():
 def run(paths, options):
     """Execute the notebooks, the longest, which are the last, first, and say where they are."""
     start, clients = time.perf_counter(), {}
-    with tempfile.TemporaryDirectory(prefix="ipython-") as profile:  # not the user's settings
+    # not the user's settings; a kernel that is ended may still write there
+    with tempfile.TemporaryDirectory(prefix="ipython-", ignore_cleanup_errors=True) as profile:
         folder = prepare(options.in_place, profile)
         side_by_side = 1 if os.environ.get("FLOW_RETRAIN") else min(os.cpu_count(), 4)
         with ThreadPoolExecutor(side_by_side) as pool:
