@@ -99,6 +99,7 @@ def to_latex(text):
     parts = text.split("$")
     for i in range(0, len(parts), 2):
         part = re.sub(r"([%&#_])", r"\\\1", parts[i].replace("\\", r"\textbackslash "))
+        part = part.replace("\N{MINUS SIGN}", "$-$")
         parts[i] = re.sub(r"`([^`]*)`", r"\\texttt{\1}", part)
     return "$".join(parts)
 
