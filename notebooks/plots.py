@@ -106,13 +106,10 @@ def to_latex(text):
 
 def _save(fig, name):
     """Write a figure, close it; its PNG bytes, and how it differs from the committed one."""
-    natural = any(math.isclose(fig.get_figwidth(), width) for width in (FULL, HALF))
-    # other widths go when the last notebook is rewritten
-    size = {} if natural else {"bbox_inches": "tight"}
     drawn, png, pdf, svg = (io.BytesIO() for _ in range(4))
     no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
-    fig.savefig(drawn, format="png", dpi=DPI if natural else 100, **size)
-    fig.savefig(pdf, format="pdf", dpi=DPI if natural else 150, metadata=no_dates, **size)
+    fig.savefig(drawn, format="png", dpi=DPI)
+    fig.savefig(pdf, format="pdf", dpi=DPI, metadata=no_dates)
     if os.environ.get("FLOW_SVG"):  # run.py --figures
         fig.savefig(svg, format="svg", metadata={"Date": None})
     contents = describe(fig)
@@ -121,8 +118,7 @@ def _save(fig, name):
     palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text("drawn", json.dumps(contents), zip=True)
-    dpi = {"dpi": (DPI, DPI)} if natural else {}
-    palette.save(png, format="PNG", optimize=True, pnginfo=chunk, **dpi)
+    palette.save(png, format="PNG", optimize=True, pnginfo=chunk, dpi=(DPI, DPI))
     difference = _difference(name, contents)
     files = {f"{name}.png": png, f"{name}.pdf": pdf, f"{name}.svg": svg}
     _write_figures({file: made.getvalue() for file, made in files.items() if made.tell()})
@@ -139,9 +135,7 @@ def _show(png, caption, difference, extra=()):
     from IPython.display import Markdown, display
 
     image = Image.open(io.BytesIO(png))
-    meta = {"alt": _plain(caption)}
-    if "dpi" in image.info:  # of natural size
-        meta["width"] = round(image.width * 96 / DPI)
+    meta = {"alt": _plain(caption), "width": round(image.width * 96 / DPI)}
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": caption, **dict(extra)}
     display(data, metadata={"image/png": meta}, raw=True)
     display(Markdown(f"*{caption}*" + (f"\n\n{difference}" if difference else "")))

@@ -6,12 +6,11 @@ from pathlib import Path
 import gallery
 import pypdf
 import pytest
-from test_notebooks import REWRITTEN
 
 import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = [f for f in gallery.figures(ROOT) if f.notebook.name.startswith(REWRITTEN)]
+FIGURES = gallery.figures(ROOT)
 
 
 @pytest.mark.parametrize("name", [figure.name for figure in FIGURES])
