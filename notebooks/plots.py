@@ -462,7 +462,7 @@ def _normal(x, variance):
 def ou_shared_noise(ts, xs, theta, sigma):
     """1(d): paths xs (N+1, B) driven by one noise, over the band of +-2 stationary std."""
     std = sigma / math.sqrt(2 * theta)
-    fig, ax = plt.subplots(figsize=(FULL, 2.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(FULL, 2.5))
     ax.axhspan(-2 * std, 2 * std, color=_GREY, alpha=0.2, linewidth=0)
     ax.plot(ts, xs, color=COLORS["model"], linewidth=0.9)
     ax.plot(torch.zeros(xs.shape[1]), xs[0], "o", color=COLORS["model"], markersize=4)
@@ -488,7 +488,7 @@ def ou_shared_noise(ts, xs, theta, sigma):
 
 def langevin_factor(ts, right, printed, exact):
     """1(a): paths (N+1, B) under the right and the printed drift; exact: the latter's variance."""
-    fig, (left, ax) = plt.subplots(1, 2, figsize=(FULL, 2.5), layout="constrained")
+    fig, (left, ax) = plt.subplots(1, 2, figsize=(FULL, 2.5))
     names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
     x = torch.linspace(-7, 7, 300)
     looks = (right, COLORS["model"]), (printed, _WRONG)
@@ -521,7 +521,7 @@ def langevin_factor(ts, right, printed, exact):
 
 def solver_steps(fine_ts, fine, ts, xs):
     """1(b): a coarse path xs (n+1,) over a fine one, on the same Brownian motion."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(FULL, 2.2))
     ax.plot(fine_ts, fine, color=COLORS["exact"], linewidth=0.8, label=f"{len(fine) - 1} steps")
     ax.plot(ts, xs, "o-", color=COLORS["model"], markersize=4, label=f"{len(xs) - 1} steps")
     ax.legend(loc="upper right", title="Euler–Maruyama, same noise")
@@ -531,7 +531,7 @@ def solver_steps(fine_ts, fine, ts, xs):
 
 def brownian_paths(ts, runs):
     """1(c): runs {sigma: paths (N+1, B)}, with the band +-2 sigma sqrt(t)."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 2.3), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 2.3), sharey=True)
     for ax, (sigma, xs) in zip(axes, runs.items(), strict=True):
         edge = 2 * sigma * ts.sqrt()
         ax.fill_between(ts, -edge, edge, color=_GREY, alpha=0.2, linewidth=0)
@@ -544,7 +544,7 @@ def brownian_paths(ts, runs):
 
 def brownian_refined(ts, x):
     """1(c): one path x (n+1,) on the grid ts; its length and its sum of squared steps up to t."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.3), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.3))
     left.plot(ts, x, ".-", color=COLORS["model"], markersize=3, linewidth=0.7)
     left.set(
         xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps", xlim=(0, 1), ylim=(-1.2, 1.2)
@@ -565,9 +565,7 @@ def brownian_refined(ts, x):
 
 def ou_paths(ts, runs, moments):
     """1(d): {(theta, sigma): paths (N+1, B)}, a row a theta, with mean and variance alike."""
-    fig, axes = plt.subplots(
-        2, 3, figsize=(FULL, 3.7), sharex=True, sharey=True, layout="constrained"
-    )
+    fig, axes = plt.subplots(2, 3, figsize=(FULL, 3.7), sharex=True, sharey=True)
     for ax, ((theta, sigma), xs) in zip(axes.flat, runs.items(), strict=True):
         mean, variance = moments[theta, sigma]
         low, high = mean[:, 0] - 2 * variance[:, 0].sqrt(), mean[:, -1] + 2 * variance[:, 0].sqrt()
@@ -603,7 +601,7 @@ def ou_paths(ts, runs, moments):
 
 def ou_convergence(points):
     """1(d): {theta: (times, mean left, error, variance missing, error)}, with e^(-rate t)."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True)
     t = torch.linspace(0, 2.3, 50)
     for (theta, (times, *rows)), color in zip(
         points.items(), (COLORS["noise"], COLORS["data"]), strict=True
@@ -635,9 +633,7 @@ def ou_laboratory(ts, xs, limit, solver):
 
     limit: variance of the exact limit; solver: of the solver's own, inf beyond its stability.
     """
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(FULL, 2.6), sharey=True, layout="constrained", width_ratios=(3, 1.4)
-    )
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True, width_ratios=(3, 1.4))
     xs = xs.nan_to_num(99.0).clamp(-99, 99)
     left.plot(ts, xs[:, :20], color=COLORS["model"], linewidth=0.7)
     left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, float(ts[-1])), ylim=(-8, 8))
@@ -668,7 +664,7 @@ def ou_laboratory(ts, xs, limit, solver):
 
 def ou_collapse(paths):
     """1(d): {(theta, sigma): (ts, x)}, as they are and in units of 1/theta and sqrt(v)."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
     looks = zip(
         paths.items(),
         (COLORS["noise"], COLORS["data"], COLORS["model"], "#000000"),
@@ -692,7 +688,7 @@ def ou_collapse(paths):
 
 def convergence_orders(steps, errors):
     """1(b), deeper: {name: (errors (K,), standard errors, order)} against the step sizes."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(FULL, 2.8))
     colors = COLORS["data"], COLORS["model"], COLORS["noise"]
     for (name, (error, bar, order)), color, marker in zip(
         errors.items(), colors, "s^o", strict=True
@@ -712,7 +708,7 @@ def convergence_orders(steps, errors):
 
 def langevin(mixture, clouds, start):
     """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
-    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True)
     side = torch.linspace(-3, 3, 81)
     height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
@@ -733,7 +729,7 @@ def langevin(mixture, clouds, start):
 
 def fokker_planck(laws, snapshots):
     """Beyond: snapshots {t: points (N,)} as histograms with error bars, laws {t: mixture} exact."""
-    fig, axes = plt.subplots(1, len(laws), figsize=(FULL, 2.2), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(laws), figsize=(FULL, 2.2), sharey=True)
     grid, edges = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25)
     for ax, (t, law) in zip(axes, laws.items(), strict=True):
         x = snapshots[t]
@@ -762,9 +758,7 @@ def fokker_planck(laws, snapshots):
 
 def time_reversal(density, returned):
     """Beyond: returned {name: points (N,)} against the density of the data, a function of x."""
-    fig, axes = plt.subplots(
-        1, len(returned), figsize=(FULL, 2.2), sharey=True, layout="constrained"
-    )
+    fig, axes = plt.subplots(1, len(returned), figsize=(FULL, 2.2), sharey=True)
     grid = torch.linspace(-6, 6, 400)
     for ax, (name, x) in zip(axes, returned.items(), strict=True):
         weights = torch.full((len(x),), 1 / (len(x) * 0.24))
@@ -789,7 +783,7 @@ def broken_programs(first, second):
 
     first: {N: (ts, xs)}; second: (ts, xs, std that it should have).
     """
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3))
     for ax, (n, (grid, xs)) in zip(axes[:2], first.items(), strict=True):
         ax.plot(grid, xs, color=_WRONG, linewidth=0.7)
         for sign in (-2, 2):
@@ -830,7 +824,7 @@ def _pictures(rows, height, color=None):
     """rows {label: pairs (title, image (1, H, W) or cloud (B, 2))}; figure and axes."""
     rows = {label: list(pairs) for label, pairs in rows.items()}
     shape = len(rows), max(map(len, rows.values()))
-    fig, axes = plt.subplots(*shape, figsize=(FULL, height), layout="constrained")
+    fig, axes = plt.subplots(*shape, figsize=(FULL, height))
     for row, (label, pairs) in zip(axes, rows.items(), strict=True):
         for k, (ax, (title, x)) in enumerate(zip(row, pairs, strict=True)):
             if x.ndim == 3:
@@ -855,7 +849,7 @@ def dissolving(times, images, clouds):
 def two_schedules(ts, curves, times, strips):
     """2(a): curves {name: (alpha, beta)} on ts, and what they make of an image, (T, 1, H, W)."""
     shape, ratios = (len(curves), 1 + len(times)), [1.5] + [1] * len(times)
-    fig, axes = plt.subplots(*shape, figsize=(FULL, 2.6), width_ratios=ratios, layout="constrained")
+    fig, axes = plt.subplots(*shape, figsize=(FULL, 2.6), width_ratios=ratios)
     for j, (name, (alpha, beta)) in enumerate(curves.items()):
         first, *others = axes[j]
         _weights(first, ts, alpha, beta).set(ylabel=name, xticks=(0, 1), yticks=(0, 1))
@@ -877,7 +871,7 @@ def _weights(ax, ts, alpha, beta):
 
 def conditional_path(z, eps, t, runs):
     """2(b): from noise eps to data z, (2,); runs {name: (path, x_t, draws, (mean, std))}."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 3.0), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 3.0), sharey=True)
     for ax, (name, (line, x, draws, (mean, std))) in zip(axes, runs.items(), strict=True):
         plot_points(draws, ax, color=_GREY, s=4)
         ax.add_patch(plt.Circle(mean.tolist(), 2 * std, fill=False, linewidth=0.8))
@@ -896,7 +890,7 @@ def conditional_path(z, eps, t, runs):
 
 def histograms(times, rows, laws, bins, top):
     """2(c), 2(d): rows {name: clouds (T, B, 2)} over their exact laws; all rows share the ends."""
-    fig = plt.figure(figsize=(FULL, 1.5 if len(rows) == 1 else 2.9), layout="constrained")
+    fig = plt.figure(figsize=(FULL, 1.5 if len(rows) == 1 else 2.9))
     grid, inner = fig.add_gridspec(len(rows), len(times)), range(1, len(times) - 1)
     for j, (name, clouds) in enumerate(rows.items()):
         for k, (t, x, law) in enumerate(zip(times, clouds, laws[name], strict=True)):
@@ -916,7 +910,7 @@ def histograms(times, rows, laws, bins, top):
 
 def laboratory(name, ts, weights, t, x, law, image, decibels):
     """2(d): a schedule's weights on ts; at t a cloud x (B, 2), its law, an image (1, H, W)."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(FULL, 2.3), layout="constrained")
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(FULL, 2.3))
     _weights(left, ts, *weights).axvline(t, color=_GREY, linewidth=0.8)
     left.set(xlabel="$t$", title=f"{name}, $t = {t:g}$", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     plot_points(x, middle, s=2, color=_blend(t))
@@ -927,7 +921,7 @@ def laboratory(name, ts, weights, t, x, law, image, decibels):
 
 def measures(ts, curves):
     """2(d): curves {label: {schedule: values}} against ts, four panels with one key."""
-    fig, axes = plt.subplots(2, 2, figsize=(FULL, 4.0), layout="constrained", sharex=True)
+    fig, axes = plt.subplots(2, 2, figsize=(FULL, 4.0), sharex=True)
     for ax, (label, values) in zip(axes.flat, curves.items(), strict=True):
         for k, (name, curve) in enumerate(values.items()):
             color, line = _LOOKS[k % len(_LOOKS)]
@@ -946,7 +940,7 @@ def one_path(rows):
 
 def marginalisation(side, maps):
     """Beyond: maps {title: values on the grid of side (n,) in each coordinate}, one scale."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
     top = max(float(values.abs().max()) for values in maps.values())
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         grid = values.reshape(len(side), -1).T
@@ -1177,7 +1171,7 @@ def image_rows(rows, *, top=(), title="", width=FULL, margin=1.1):
     columns, size = len(next(iter(rows.values()))), next(iter(rows.values())).shape[-1] + 2
     side = (width - margin - 0.1) / columns
     height = len(rows) * side + 0.2 * bool(title) + 0.18 * bool(len(top)) + 0.1
-    fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    fig, ax = plt.subplots(figsize=(width, height))
     plot_images(torch.cat([x[:columns] for x in rows.values()]), ax, columns=columns)
     ax.set_title(title, loc="left", weight="bold", pad=4)
     ax.tick_params(length=0, pad=2)
@@ -1208,7 +1202,7 @@ def _arrow(ax, start, end, **style):
 
 def unet():
     """4(b): the UNet as built, the time in all eleven residual layers, and one such layer."""
-    fig, ax = plt.subplots(figsize=(FULL, 4.1), layout="constrained")
+    fig, ax = plt.subplots(figsize=(FULL, 4.1))
     ax.set(xlim=(0, 6.5), ylim=(0, 4.1))
     ax.axis("off")
     blue, sand, green, grey, time = "#cfe3f3", "#f6dfc3", "#cfeadd", "#f2f2f2", COLORS["noise"]
@@ -1255,7 +1249,7 @@ def unet():
 
 def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True)
     plot_loss(losses, left)
     looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
     for (field, images), (mean, error) in curves.items():
@@ -1278,7 +1272,7 @@ def steps_or_geometry(places, errors, corners):
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
     looks = zip((COLORS["model"], COLORS["data"]), "os", (-0.08, 0.08), strict=True)
     for (curve, (mean, bar)), (color, marker, shift) in zip(errors.items(), looks, strict=True):
         spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
@@ -1309,7 +1303,7 @@ def steps_or_geometry(places, errors, corners):
 
 def training_live(losses, x):
     """Train it yourself: the losses so far, and images (16, 1, H, W) that the network draws."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
     plot_loss(losses, left, window=10)
     left.set(yscale="log", xlim=(0, None), title=f"step {len(losses)}")
     plot_images(x, right, columns=4)
@@ -1324,7 +1318,7 @@ def training_live(losses, x):
 
 def _page(height, columns=1, rows=1, **options):
     """A figure as wide as a page, and its axes."""
-    return plt.subplots(rows, columns, figsize=(FULL, height), layout="constrained", **options)
+    return plt.subplots(rows, columns, figsize=(FULL, height), **options)
 
 
 def _dots(ax, x, y, bar, color, label=None, marker="o"):
