@@ -2,17 +2,14 @@
 
 Contents
     1 setup      pick_device, make_generator, show_source, claim
-    2 solvers    check_like, time_grid, sampling_grid, euler_maruyama, heun, adams_bashforth2,
-                 sde_drift, divergence, log_likelihood, ou_moments
-    3 data       GaussianMixture, empirical_velocity, silhouette, lettering,
-                 load_fashion_mnist, to_model_range, to_image_range
+    2 solvers    time_grid, sampling_grid, euler_maruyama, heun, adams_bashforth2, sde_drift,
+                 divergence, log_likelihood, ou_moments
+    3 data       GaussianMixture, empirical_velocity, silhouette, lettering, load_fashion_mnist
     4 schedules  Linear-, Cosine-, Polynomial-, FunctionScheduler, check_scheduler
     5 paths      GaussianPath: the conditional path, its targets, conversions; reschedule
     6 networks   MLP, UNet, guided_velocity, NoiseScore
-    7 training   flow_matching_loss, score_matching_loss, Muon, train, train_or_load,
-                 save_weights, load_weights, load_training_log, load_record
-    8 metrics    optimal_transport_pairing, mmd2, sliced_wasserstein, frechet_distance,
-                 precision_recall, residual_noise, FashionClassifier
+    7 training   the two losses, Muon, train, train_or_load; weights files and records
+    8 metrics    mmd2, sliced_wasserstein, frechet_distance, residual_noise, FashionClassifier
 
 Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t eps.
     maths                            code                        shape
@@ -56,14 +53,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.path import Path as Polygon
 from torch import nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 
 
-# ---------------------------------------------------------------------------------------
-# 1  Setup
-# ---------------------------------------------------------------------------------------
+# 1  Setup ------------------------------------------------------------------------------
 
 
 def pick_device():
@@ -78,10 +74,8 @@ def pick_device():
         available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     wanted = os.environ.get("FLOW_DEVICE") or available[0]
     if wanted not in available:
-        raise ValueError(
-            f"FLOW_DEVICE={wanted!r}, but this machine has only {available}; "
-            "unset FLOW_DEVICE or choose one of these"
-        )
+        remedy = "unset FLOW_DEVICE or choose one of these"
+        raise ValueError(f"FLOW_DEVICE={wanted!r}, but this machine has only {available}; {remedy}")
     return torch.device(wanted)
 
 
@@ -150,9 +144,7 @@ def _randn_like(x, generator=None):
     return noise.to(x.device)
 
 
-# ---------------------------------------------------------------------------------------
-# 2  Solvers
-# ---------------------------------------------------------------------------------------
+# 2  Solvers ----------------------------------------------------------------------------
 
 
 def time_grid(steps, start=0.0, end=1.0):
@@ -181,10 +173,8 @@ def check_like(value, target, what):
 def _check_floats(x, name):
     """Half precision would lose the increments, and integers the times."""
     if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{name} must be float32 or float64, got {x.dtype}; use {name}.float(), for images "
-            "to_model_range, and half precision only inside a network, by autocast"
-        )
+        remedy = f"use {name}.float(), for images to_model_range, in a network autocast"
+        raise ValueError(f"{name} must be float32 or float64, got {x.dtype}; {remedy}")
 
 
 def _rows(x):
@@ -222,21 +212,15 @@ def _march(step, x, ts, trajectory):
     return xs if trajectory else x
 
 
-def _number_or_function(diffusion):
-    """diffusion as a float or a function; a tensor of several numbers is refused."""
+def _diffusion_at(diffusion, x, t):
+    """sigma as a float, or sigma(t) of a function, shaped to broadcast over x."""
     if callable(diffusion):
-        return diffusion
+        return expand_like(check_like(diffusion(t), t, "diffusion"), x)
     try:
         return float(diffusion)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"diffusion must be a number or a function t (B,) -> (B,), got {diffusion!r}"
-        ) from error
-
-
-def _diffusion_at(diffusion, x, t):
-    """sigma(t) of a function, shaped to broadcast over x."""
-    return expand_like(check_like(diffusion(t), t, "diffusion"), x)
+        message = f"diffusion must be a number or a function t (B,) -> (B,), got {diffusion!r}"
+        raise ValueError(message) from error
 
 
 @torch.no_grad()
@@ -251,14 +235,13 @@ def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False
     returned by drift or diffusion is wrong.
     """
     x0, ts = _check_simulation(x0, ts)
-    sigma = _number_or_function(diffusion)
 
     def step(x, t, t_next, h):
+        sigma = _diffusion_at(diffusion, x, t)
         x_next = torch.add(x, check_like(drift(x, t), x, "drift").to(x.dtype), alpha=h)
-        if callable(sigma):
-            noise = _randn_like(x, generator)
-            return x_next.addcmul_(noise, _diffusion_at(sigma, x, t), value=math.sqrt(h))
-        if sigma != 0:
+        if torch.is_tensor(sigma):
+            x_next.addcmul_(_randn_like(x, generator), sigma, value=math.sqrt(h))
+        elif sigma != 0:
             x_next.add_(_randn_like(x, generator), alpha=math.sqrt(h) * sigma)
         return x_next
 
@@ -338,10 +321,8 @@ def _with_divergence(velocity, x, t, probes):
             slope = torch.autograd.grad(u, x, v, **options)[0] if u.requires_grad else None
             if slope is None:  # no dependence on x, or one that no_grad or detach hides
                 if not torch.equal(velocity(x + 1, t).to(x.dtype), u):
-                    raise ValueError(
-                        "velocity depends on x, but not by operations that autograd follows; "
-                        "take no_grad, detach or numpy out of it"
-                    )
+                    hidden = "depends on x, but not by operations that autograd follows"
+                    raise ValueError(f"velocity {hidden}; take no_grad, detach or numpy out of it")
                 break
             total += _rows(slope * v).sum(dim=1)
     return u.detach(), total / count
@@ -372,42 +353,15 @@ def sde_drift(velocity, score, diffusion):
     velocity, score: (x, t) -> like x. diffusion: a number, or t (B,) -> (B,).
     With the number 0 the velocity is returned and the score never evaluated.
     """
-    sigma = _number_or_function(diffusion)
-    if sigma == 0:
+    if not callable(diffusion) and _diffusion_at(diffusion, None, None) == 0:
         return velocity
 
     def drift(x, t):
-        half = (_diffusion_at(sigma, x, t) if callable(sigma) else sigma) ** 2 / 2
+        half = _diffusion_at(diffusion, x, t) ** 2 / 2
         u = check_like(velocity(x, t), x, "velocity")
         return u + half * check_like(score(x, t), x, "score")
 
     return drift
-
-
-def sde_drift_from_velocity(velocity, path, diffusion):
-    """The drift of sde_drift with the score that the velocity contains, one evaluation of it.
-
-    path: the GaussianPath that the velocity was trained on; t < 1.
-    """
-
-    def drift(x, t):
-        u = velocity(x, t)
-        s = path.velocity_to_score(u, x, t)
-        return sde_drift(lambda x, t: u, lambda x, t: s, diffusion)(x, t)
-
-    return drift
-
-
-# The sigma_t compared in question 5(b): numbers, or functions of t with beta = 1 - t
-SIGMAS = {
-    "0 (ODE)": 0,
-    "0.25": 0.25,
-    "0.5": 0.5,
-    "1": 1.0,
-    "2": 2.0,
-    "2 beta": lambda t: 2 * (1 - t),
-    "sqrt(2 beta)": lambda t: torch.sqrt(2 * (1 - t)),
-}
 
 
 def ou_moments(x0, t, theta, sigma):
@@ -426,9 +380,7 @@ def ou_moments(x0, t, theta, sigma):
     return mean, variance
 
 
-# ---------------------------------------------------------------------------------------
-# 3  Data
-# ---------------------------------------------------------------------------------------
+# 3  Data -------------------------------------------------------------------------------
 
 
 class GaussianMixture:
@@ -449,10 +401,8 @@ class GaussianMixture:
         weights = torch.ones_like(self.stds) if weights is None else weights
         weights = torch.as_tensor(weights, **like)
         if self.means.ndim != 2 or not self.stds.shape == weights.shape == self.means.shape[:1]:
-            raise ValueError(
-                "means must be (K, D), stds and weights (K,); got "
-                f"{tuple(self.means.shape)}, {tuple(self.stds.shape)}, {tuple(weights.shape)}"
-            )
+            shapes = ", ".join(str(tuple(p.shape)) for p in (self.means, self.stds, weights))
+            raise ValueError(f"means must be (K, D), stds and weights (K,); got {shapes}")
         if not ((self.stds > 0).all() and (weights > 0).all()):
             raise ValueError("stds and weights must be positive")
         self.weights = weights / weights.sum()
@@ -494,9 +444,8 @@ class GaussianMixture:
         alpha, beta = scheduler.alpha(t), scheduler.beta(t)
         if t.device.type == "cpu" and not (t >= 0 and alpha >= 0 and beta >= 0):
             raise ValueError(f"t must lie in [0, 1], got {t.item():g}")
-        return GaussianMixture(
-            alpha * self.means, torch.sqrt(alpha**2 * self.stds**2 + beta**2), self.weights
-        )
+        stds = torch.sqrt(alpha**2 * self.stds**2 + beta**2)
+        return GaussianMixture(alpha * self.means, stds, self.weights)
 
     def _velocity_moments(self, x, t, scheduler):
         """For each x and k: P(k | x_t = x) (B, K, 1), and mean (B, K, D) and variance (B, K)
@@ -507,11 +456,8 @@ class GaussianMixture:
         alpha_dot, beta_dot = scheduler.alpha_dot(t), scheduler.beta_dot(t)
         variance = alpha**2 * self.stds**2 + beta**2  # (B, K)
         offset = x[:, None, :] - alpha[:, :, None] * self.means  # (B, K, D)
-        log_joint = (
-            torch.log(self.weights)
-            - offset.square().sum(dim=2) / (2 * variance)
-            - x.shape[1] / 2 * torch.log(variance)
-        )
+        log_joint = torch.log(self.weights) - offset.square().sum(dim=2) / (2 * variance)
+        log_joint = log_joint - x.shape[1] / 2 * torch.log(variance)
         gain = (alpha_dot * alpha * self.stds**2 + beta_dot * beta) / variance
         mean = alpha_dot[:, :, None] * self.means + gain[:, :, None] * offset
         spread = self.stds**2 * (alpha_dot * beta - alpha * beta_dot) ** 2 / variance
@@ -545,9 +491,8 @@ def empirical_velocity(data, x, t, scheduler):
     beta = 0 the weights are 0/0, and the result is NaN. Raises ValueError for wrong shapes.
     """
     if not len(data) or data.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"data must be (N, *D) and x (B, *D), got {tuple(data.shape)} and {tuple(x.shape)}"
-        )
+        shapes = f"{tuple(data.shape)} and {tuple(x.shape)}"
+        raise ValueError(f"data must be (N, *D) and x (B, *D), got {shapes}")
     _check_floats(data, "data")
     path = GaussianPath(scheduler)
     z, points = _rows(data).to(x.dtype), _rows(x)
@@ -560,26 +505,19 @@ def empirical_velocity(data, x, t, scheduler):
     return path.conditional_velocity(x, torch.cat(means).reshape(x.shape), t)
 
 
-@functools.cache
-def _drawings():
-    """data/silhouettes.json: of each drawing the polygons filled, and those cut out of them."""
-    drawings = json.loads((DATA / "silhouettes.json").read_text())
-    return {
-        name: {kind: [Polygon(part) for part in parts] for kind, parts in drawing.items()}
-        for name, drawing in drawings.items()
-    }
+def _covers(polygons, x):
+    """How many of the polygons (corners (K, 2) each) contain each of the points x (N, 2)."""
+    points = x.detach().cpu()
+    return sum(torch.from_numpy(Polygon(p).contains_points(points)) for p in polygons).to(x.device)
 
 
 def inside_silhouette(name, x):
-    """Whether points x (N, 2) lie in a drawing, "cat" or "dog": bool (N,)."""
-    if name not in _drawings():
-        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(_drawings())}")
-    points = x.detach().cpu()
-    filled, cut = (
-        sum(torch.from_numpy(part.contains_points(points)) for part in _drawings()[name][kind])
-        for kind in ("filled", "cut")
-    )
-    return ((filled > 0) & (cut == 0)).to(x.device)
+    """Whether points x (N, 2) lie in a drawing, "cat" or "dog", whose filled polygons and those
+    cut out of them are in data/silhouettes.json: bool (N,)."""
+    drawings = json.loads((DATA / "silhouettes.json").read_text())
+    if name not in drawings:
+        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(drawings)}")
+    return (_covers(drawings[name]["filled"], x) > 0) & (_covers(drawings[name]["cut"], x) == 0)
 
 
 def _sample_inside(inside, n, generator):
@@ -611,14 +549,12 @@ def lettering(text, n, *, generator=None):
     if not text.strip():
         raise ValueError(f"text must have letters to draw, got {text!r}")
     outlines = TextPath((0, 0), text, prop={"family": "DejaVu Sans", "weight": "bold"})
-    polygons = [Polygon(part) for part in outlines.to_polygons()]
     low, high = outlines.get_extents().get_points()
     centre, scale = torch.tensor((low + high) / 2), (high - low).max() / 2.6
 
     def inside(points):
-        points = points.cpu() * scale + centre
-        crossings = sum(torch.from_numpy(part.contains_points(points)) for part in polygons)
-        return (crossings % 2 == 1).to(generator.device if generator else "cpu")
+        crossings = _covers(outlines.to_polygons(), points.cpu() * scale + centre)
+        return (crossings % 2 == 1).to(points.device)
 
     return _sample_inside(inside, n, generator)
 
@@ -647,13 +583,9 @@ def _unpack(name):
         content = gzip.decompress(packed.read_bytes())
     except (OSError, EOFError, zlib.error):
         content = b""
-    if _sha256(content) != FASHION_SHA256[name]:
+    if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
         raise ValueError(f"{packed} is damaged, or not the published file; {remedy}")
     return content
-
-
-def _sha256(content):
-    return hashlib.sha256(content).hexdigest()
 
 
 def load_fashion_mnist(split="train"):
@@ -683,10 +615,8 @@ def to_model_range(images):
     seen = images.dtype != torch.uint8 and images.device.type == "cpu"  # no GPU synchronisation
     outside = seen and ((images < 0) | (images > 255)).any()
     if outside or images.is_floating_point() or images.dtype == torch.bool:
-        raise ValueError(
-            f"images must be integers, and 0 .. 255, got {images.dtype}; "
-            "floats x in [0, 1] need 2 * x - 1"
-        )
+        remedy = "floats x in [0, 1] need 2 * x - 1"
+        raise ValueError(f"images must be integers, and 0 .. 255, got {images.dtype}; {remedy}")
     return images.float() / 127.5 - 1
 
 
@@ -697,9 +627,7 @@ def to_image_range(x):
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------
-# 4  Schedules
-# ---------------------------------------------------------------------------------------
+# 4  Schedules --------------------------------------------------------------------------
 
 
 class LinearScheduler:
@@ -739,10 +667,8 @@ class PolynomialScheduler:
 
     def __init__(self, power):
         if not power >= 1:
-            raise ValueError(
-                f"power must be at least 1, got {power}: below 1 the derivative of t^p is "
-                "infinite at t = 0"
-            )
+            why = "below 1 the derivative of t^p is infinite at t = 0"
+            raise ValueError(f"power must be at least 1, got {power}: {why}")
         self.power = power
 
     def alpha(self, t):
@@ -816,9 +742,7 @@ def check_scheduler(scheduler):
     return scheduler
 
 
-# ---------------------------------------------------------------------------------------
-# 5  Paths
-# ---------------------------------------------------------------------------------------
+# 5  Paths ------------------------------------------------------------------------------
 
 
 def expand_like(t, x):
@@ -913,9 +837,7 @@ def reschedule(velocity, scheduler):
     return rescheduled
 
 
-# ---------------------------------------------------------------------------------------
-# 6  Networks
-# ---------------------------------------------------------------------------------------
+# 6  Networks ---------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -1052,10 +974,8 @@ class UNet(nn.Module):
 
     def _check(self, x, t, labels):
         if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % 4 or x.shape[3] % 4:
-            raise ValueError(
-                f"x must be (B, {self.in_channels}, H, W) with H and W multiples of 4, "
-                f"got {tuple(x.shape)}"
-            )
+            wanted = f"(B, {self.in_channels}, H, W) with H and W multiples of 4"
+            raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
         expand_like(t, x)  # refuses another shape of t
         if labels is None:
             return
@@ -1102,9 +1022,7 @@ class NoiseScore(nn.Module):
         return -check_like(self.net(x, t), x, "net") / beta
 
 
-# ---------------------------------------------------------------------------------------
-# 7  Training
-# ---------------------------------------------------------------------------------------
+# 7  Training ----------------------------------------------------------------------------
 
 
 def _draw_times(z, times, generator):
@@ -1179,11 +1097,9 @@ def choose_dtype(model, device):
         return "float32"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type == "cpu":
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        if any(getattr(torch.cpu, probe, bool)() for probe in probes):
-            return "bfloat16"
-    return "float32"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bfloat16" if fast else "float32"
 
 
 def orthogonalize(matrices, dtype=torch.float32):
@@ -1214,30 +1130,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for kernel in group["params"]:
-                if kernel.grad is not None:
-                    by_shape.setdefault(kernel.shape, []).append(kernel)
-            for shape, kernels in by_shape.items():
-                looks_ahead = []
-                for kernel in kernels:
-                    state = self.state[kernel]
-                    velocity = state.setdefault("velocity", torch.zeros_like(kernel))
-                    velocity.lerp_(kernel.grad, 1 - group["momentum"])
-                    looks_ahead.append(kernel.grad.lerp(velocity, group["momentum"]).flatten(1))
-                matrices = orthogonalize(torch.stack(looks_ahead), self.dtype)
-                rate = group["lr"] * max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
-                for kernel, matrix in zip(kernels, matrices, strict=True):
-                    kernel.sub_(matrix.reshape(shape), alpha=rate)
-
-
-def _progress(steps, start=0, label="training"):
-    """A progress bar for whoever waits; none with FLOW_PROGRESS=0 (tests, regeneration)."""
-    from tqdm import tqdm
-
-    hidden = os.environ.get("FLOW_PROGRESS") == "0"
-    return tqdm(total=steps, initial=start, desc=label, disable=hidden, leave=False)
+        (group,) = self.param_groups
+        by_shape = {}
+        for kernel in group["params"]:
+            if kernel.grad is not None:
+                by_shape.setdefault(kernel.shape, []).append(kernel)
+        for shape, kernels in by_shape.items():
+            looks_ahead = []
+            for kernel in kernels:
+                velocity = self.state[kernel].setdefault("velocity", torch.zeros_like(kernel))
+                velocity.lerp_(kernel.grad, 1 - group["momentum"])
+                looks_ahead.append(kernel.grad.lerp(velocity, group["momentum"]).flatten(1))
+            matrices = orthogonalize(torch.stack(looks_ahead), self.dtype)
+            rate = group["lr"] * max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
+            for kernel, matrix in zip(kernels, matrices, strict=True):
+                kernel.sub_(matrix.reshape(shape), alpha=rate)
 
 
 def _plain(value, name):
@@ -1253,10 +1160,8 @@ def _plain(value, name):
         return type(value)(_plain(v, f"{name}[{i}]") for i, v in enumerate(value))
     if value is None or torch.is_tensor(value):
         return value
-    raise ValueError(
-        f"{name} is a {type(value).__name__}, which a weights file cannot hold; record it as "
-        "numbers, text, lists or tensors"
-    )
+    kind = f"{type(value).__name__}, which a weights file cannot hold"
+    raise ValueError(f"{name} is a {kind}; record it as numbers, text, lists or tensors")
 
 
 def _write_tensors(path, state):
@@ -1289,31 +1194,34 @@ def train(
 ):
     """Train with Adam and return the losses, float32 (steps,) on the CPU.
 
-    loss(model, batch, *, generator) -> scalar; sample_batch(generator) -> batch. The
-    generator is on the model's device, seeded with seed; so is the global random state
-    (dropout), which is put back afterwards. The rate warms up and decays (learning_rate; at
-    most a tenth of the steps warm up), gradients are clipped at norm `clip` unless it is None,
-    and afterwards the model holds the exponential moving average of its weights and buffers
-    (decay min(ema, (1 + n) / (10 + n))) in eval mode. muon_lr: rate of Muon for the inner
-    convolutions (at least 16 channels in and out); None leaves them to Adam. dtype: of the
-    autocast, a name; chosen by choose_dtype if None.
+    loss(model, batch, *, generator) -> scalar; sample_batch(generator) -> batch. The generator
+    is on the model's device, seeded with seed, as is the global random state (dropout). The
+    rate warms up, over at most a tenth of the steps, and decays (learning_rate); gradients are
+    clipped at norm `clip`, if not None; afterwards the model holds the exponential moving
+    average of its weights and buffers (decay min(ema, (1 + n) / (10 + n))) in eval mode.
+    muon_lr: rate of Muon for the inner convolutions, of at least 16 channels in and out.
+    dtype: of the autocast; chosen by choose_dtype if None.
     checkpoint: a file, written every checkpoint_every steps, on Ctrl-C and on SIGTERM; a run
     that finds it goes on there: bit for bit on the same kind of device and dtype, with new
-    random numbers from (seed, step) on another. config: what else a checkpoint must have in
-    common with the run, such as the batch size, a dict. log: a dict that receives "seconds",
-    "dtype" and "runs", where and in which dtype each part of the run was made. on_step(step,
-    losses, model) is called after every step. Raises FloatingPointError if the loss or its
-    gradient is not finite, ValueError for a checkpoint that is damaged or of another run.
+    random numbers from (seed, step) on another. config: a dict, what else a checkpoint must
+    have in common with the run. log: a dict that receives "seconds", "dtype" and "runs", where
+    each part was made. on_step(step, losses, model) is called after every step. Raises
+    FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
+    that is damaged or of another run.
     """
+    name = getattr(loss, "func", loss)  # of a partial, that of its function
     options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
-    options |= {"decay": decay, "clip": clip, "loss": _name_of(loss)}
+    options |= dict(decay=decay, clip=clip, loss=getattr(name, "__qualname__", str(type(name))))
     run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype)
     if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(_read_checkpoint(checkpoint, run))
+        run.restore(checkpoint)
         print(f"{checkpoint}: goes on at step {run.step} of {steps}")
     model.train()
-    bar = _progress(steps, run.step)
-    with run.environment():
+    hidden = os.environ.get("FLOW_PROGRESS") == "0"
+    with (
+        run.environment(),
+        tqdm(total=steps, initial=run.step, desc="training", disable=hidden, leave=False) as bar,
+    ):
         try:
             while run.step < steps:
                 start = time.perf_counter()
@@ -1334,39 +1242,12 @@ def train(
             if run.resumable and not len(run.faults()):
                 run.save(checkpoint)
             raise
-        finally:
-            bar.close()
-    run.finish()
+    for target, average in zip(run.tracked, run.averages, strict=True):
+        target.copy_(average)
     if log is not None:
         log.update(seconds=run.seconds, dtype=run.dtype, runs=run.parts)
+    model.eval()
     return run.losses.cpu()
-
-
-def _name_of(loss):
-    """The name of a loss, for the checkpoint: of a partial, that of its function."""
-    loss = getattr(loss, "func", loss)
-    return getattr(loss, "__qualname__", type(loss).__qualname__)
-
-
-def _read_checkpoint(path, run):
-    """Read a checkpoint of train, refusing one that is damaged or of another run."""
-    again = "delete it to start again"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        name = type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint ({name}); {again}") from error
-    if not isinstance(state, dict) or not state.keys() >= {"config", "weights", "random"}:
-        raise ValueError(f"{path} is not a checkpoint of train; name another file, or {again}")
-    for field, value in run.config.items():
-        if state["config"].get(field) != value:
-            raise ValueError(
-                f"{path} was written with {field} = {state['config'].get(field)!r}, now "
-                f"{value!r}; {again}, or restore the configuration"
-            )
-    if [w.shape for w in state["weights"]] != [w.shape for w in run.weights]:
-        raise ValueError(f"{path} holds weights of other shapes, of another network; {again}")
-    return state
 
 
 class _TrainingRun:
@@ -1388,38 +1269,34 @@ class _TrainingRun:
         self.tracked = [p.detach() for p in trained]
         self.tracked += [b for b in self.buffers if b.is_floating_point()]
         self.averages = [w.clone() for w in self.tracked]
-        self.optimizers = self._build_optimizers()
+        muon = config["muon_lr"] is not None
+        inner = [p for p in trained if muon and p.ndim == 4 and min(p.shape[:2]) >= 16]
+        rest = [p for p in trained if all(p is not kernel for kernel in inner)]
+        self.optimizers, self.peaks = [], []  # Adam and Muon, each with the peak of its rate
+        if rest:
+            fused = self.device.type != "mps"
+            self.optimizers.append(torch.optim.Adam(rest, lr=config["lr"], fused=fused))
+            self.peaks.append(config["lr"])
+        if inner:
+            products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+            self.optimizers.append(Muon(inner, config["muon_lr"], dtype=products))
+            self.peaks.append(config["muon_lr"])
         enabled = self.dtype == "float16"  # else the scaler passes everything through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.generator = torch.Generator(self.device).manual_seed(config["seed"])
+        device_module = torch.get_device_module(self.device)
+        self.global_random = [torch] + ([device_module] if self.device.type != "cpu" else [])
         self.losses = torch.zeros(config["steps"], device=self.device)
         self.norms = torch.zeros_like(self.losses)
         self.step, self.seconds, self.saved_random = 0, 0.0, None
         self.parts = [{"step": 0, "device": self.device.type, "dtype": self.dtype}]
 
-    def _build_optimizers(self):
-        """[Adam], or [Adam, Muon]; each with the peak of its rate."""
-        muon_lr, kernels = self.config["muon_lr"], []
-        if muon_lr is not None:
-            kernels = [p for p in self.trained if p.ndim == 4 and min(p.shape[:2]) >= 16]
-        chosen = {id(p) for p in kernels}
-        rest = [p for p in self.trained if id(p) not in chosen]
-        self.peaks, optimizers = [], []
-        if rest:
-            fused = self.device.type != "mps"
-            optimizers.append(torch.optim.Adam(rest, lr=self.config["lr"], fused=fused))
-            self.peaks.append(self.config["lr"])
-        if kernels:
-            products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-            optimizers.append(Muon(kernels, muon_lr, dtype=products))
-            self.peaks.append(muon_lr)
-        return optimizers
-
     @contextlib.contextmanager
     def environment(self):
         """Global random numbers from the seed, SIGTERM as SystemExit, one thread for a small
         network (two would wait for each other); all as before afterwards."""
-        threads, random = torch.get_num_threads(), self._random_state()
+        threads = torch.get_num_threads()
+        before = [source.get_rng_state() for source in self.global_random]
 
         def stop(number, frame):
             raise SystemExit(128 + number)
@@ -1429,32 +1306,24 @@ class _TrainingRun:
         if self.device.type == "cpu" and self.config["parameters"] < 100_000:
             torch.set_num_threads(1 if self.dtype == "float32" else threads)
         torch.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
-        if self.saved_random is not None:
-            self._set_random_state(self.saved_random)
+        self._set_global_random(self.saved_random or [])
         self._remember()
         try:
             yield
         finally:
-            self._set_random_state(random)
+            self._set_global_random(before)
             torch.set_num_threads(threads)
             if in_main:
                 signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
-    def _random_state(self):
-        """The states of the global generators: the CPU's, and the device's if another."""
-        states = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            states.append(torch.get_device_module(self.device).get_rng_state())
-        return states
-
-    def _set_random_state(self, states):
-        torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(states[1])
+    def _set_global_random(self, states):
+        for source, state in zip(self.global_random, states, strict=False):
+            source.set_rng_state(state)
 
     def _remember(self):
         """Keep what the next step changes before it is complete; from here it can be repeated."""
-        self.random = [self.generator.get_state(), *self._random_state()]
+        states = [source.get_rng_state() for source in self.global_random]
+        self.random = [self.generator.get_state(), *states]
         self.kept_buffers = [b.clone() for b in self.buffers]
         self.resumable = True
 
@@ -1464,8 +1333,8 @@ class _TrainingRun:
         dtype = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             value = loss(self.model, batch, generator=self.generator)
+        warmup = min(config["warmup"], config["steps"] // 10)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            warmup = min(config["warmup"], config["steps"] // 10)
             rate = learning_rate(self.step, config["steps"], peak, warmup, config["decay"])
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
@@ -1493,47 +1362,59 @@ class _TrainingRun:
 
     def check(self, checkpoint):
         """Raise FloatingPointError at the first step whose loss or gradient is not finite."""
-        bad = self.faults()
-        if not len(bad):
+        if not len(self.faults()):
             return
-        step = bad[0, 0].item()
+        step = self.faults()[0, 0].item()
         what, value = "loss", self.losses[step].item()
         if math.isfinite(value):
             what, value = "norm of the gradient", self.norms[step].item()
         saved = checkpoint is not None and Path(checkpoint).exists()
         kept = f"the last good state is in {checkpoint}" if saved else "nothing was saved"
-        raise FloatingPointError(
-            f"the {what} is {value} at step {step}; {kept}. Lower lr and start again"
-        )
+        message = f"the {what} is {value} at step {step}; {kept}. Lower lr and start again"
+        raise FloatingPointError(message)
+
+    SAVED = ("config", "step", "seconds", "parts", "losses", "averages", "random")
 
     def save(self, path):
-        if path is None:
-            return
-        state = {
-            "config": self.config,
-            "step": self.step,
-            "seconds": self.seconds,
-            "parts": self.parts,
-            "losses": self.losses,
-            "weights": self.weights[: -len(self.buffers) or None] + self.kept_buffers,
-            "averages": self.averages,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "random": self.random,  # as it was before an interrupted step
-        }
-        _write_tensors(path, state)
+        """Write a checkpoint: the state as it was before an interrupted step."""
+        if path is not None:
+            weights = self.weights[: -len(self.buffers) or None] + self.kept_buffers
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            state = {name: getattr(self, name) for name in self.SAVED}
+            state |= dict(weights=weights, optimizers=optimizers, scaler=self.scaler.state_dict())
+            _write_tensors(path, state)
 
-    def restore(self, state):
+    def _read(self, path):
+        """Read a checkpoint of train, refusing one that is damaged or of another run."""
+        again = "delete it to start again"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            name = type(error).__name__
+            raise ValueError(f"{path} is not a readable checkpoint ({name}); {again}") from error
+        if not isinstance(state, dict) or not state.keys() >= {"config", "weights", "random"}:
+            raise ValueError(f"{path} is not a checkpoint of train; name another file, or {again}")
+        for field, value in self.config.items():
+            found = state["config"].get(field)
+            if found != value:
+                change = f"{field} = {found!r}, now {value!r}"
+                raise ValueError(f"{path} was written with {change}; {again}, or restore it")
+        if [w.shape for w in state["weights"]] != [w.shape for w in self.weights]:
+            raise ValueError(f"{path} holds weights of other shapes, of another network; {again}")
+        return state
+
+    def restore(self, path):
+        """Go on from a checkpoint, which may come from another device or dtype."""
+        state = self._read(path)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.losses.copy_(state["losses"])
-        for target, saved in zip(self.weights, state["weights"], strict=True):
-            target.copy_(saved)
-        for target, saved in zip(self.averages, state["averages"], strict=True):
-            target.copy_(saved)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                group["fused"] = own.get("fused")  # the choice of this device
-            optimizer.load_state_dict(saved)
+        own = [self.losses, *self.weights, *self.averages]
+        saved = [state["losses"], *state["weights"], *state["averages"]]
+        for target, value in zip(own, saved, strict=True):
+            target.copy_(value)
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            for group, here in zip(value["param_groups"], optimizer.param_groups, strict=True):
+                group["fused"] = here.get("fused")  # the choice of this device
+            optimizer.load_state_dict(value)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if state["parts"][-1]["device"] == self.device.type:
@@ -1545,26 +1426,13 @@ class _TrainingRun:
         same = {**state["parts"][-1], "step": self.step} == here
         self.parts = state["parts"] + ([] if same else [here])
 
-    def finish(self):
-        """Put the averaged weights into the model."""
-        for target, average in zip(self.tracked, self.averages, strict=True):
-            target.copy_(average)
-        self.model.eval()
-
 
 def _existing_file(name, kind, remedy):
     """Path of a file to read, one that was made here before one that was committed."""
-    new, committed = output_folder(kind) / name, DATA / kind / name
-    for path in (new, committed):
+    for path in (output_folder(kind) / name, DATA / kind / name):
         if path.exists():
             return path
-    raise FileNotFoundError(f"{committed} does not exist; {remedy}")
-
-
-def _announce(path):
-    """Say where a file comes from that is not a committed one."""
-    if DATA not in path.parents:
-        print(f"using {path}")
+    raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 
 def _read_weights(name):
@@ -1573,10 +1441,9 @@ def _read_weights(name):
     try:
         return path, torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{path} is not a readable weights file ({type(error).__name__}); restore it with "
-            "git checkout, or train it again with FLOW_RETRAIN=1"
-        ) from error
+        again = "restore it with git checkout, or train it again with FLOW_RETRAIN=1"
+        kind = type(error).__name__
+        raise ValueError(f"{path} is not a readable weights file ({kind}); {again}") from error
 
 
 def _halve(value):
@@ -1611,7 +1478,8 @@ def load_weights(model, name, *, expect=None):
     differs (naming it), or if the weights do not fit the model.
     """
     path, content = _read_weights(name)
-    _announce(path)
+    if DATA not in path.parents:
+        print(f"using {path}")
     for field, value in (expect or {}).items():
         found = content["record"]["config"].get(field)
         if found != value:
@@ -1637,11 +1505,9 @@ def retrain_wanted(name):
     """
     wanted = os.environ.get("FLOW_RETRAIN", "").replace(",", " ").split()
     known = {path.stem for path in (DATA / "weights").glob("*.pt")} | {name}
-    if wanted in ([], ["0"], ["1"]):
-        return wanted == ["1"]
-    if not known.issuperset(wanted):
+    if wanted not in ([], ["0"], ["1"]) and not known.issuperset(wanted):
         raise ValueError(f"FLOW_RETRAIN={' '.join(wanted)!r} must be 1, or some of {sorted(known)}")
-    return name in wanted
+    return wanted == ["1"] or name in wanted
 
 
 def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=False):
@@ -1668,17 +1534,9 @@ def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=Fa
     return load_weights(model, name, expect=config).to(device), load_training_log(name)
 
 
-def _fingerprints(names):
-    """SHA-256 of the weights files of these names."""
-    return {name: _sha256(_read_weights(name)[0].read_bytes()) for name in names}
-
-
-def save_record(name, networks, content):
-    """Write the evaluation <name>.json: content (a dict), and the SHA-256 of the networks."""
-    path = output_folder("records") / f"{name}.json"
-    text = json.dumps({"weights": _fingerprints(networks), **content}, indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+def fingerprint(name):
+    """SHA-256 of the weights file <name>.pt."""
+    return hashlib.sha256(_read_weights(name)[0].read_bytes()).hexdigest()
 
 
 def load_record(name):
@@ -1689,37 +1547,32 @@ def load_record(name):
     """
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
     path = _existing_file(f"{name}.json", "records", remedy)
-    _announce(path)
+    if DATA not in path.parents:
+        print(f"using {path}")
     content = json.loads(path.read_text())
-    for network, fingerprint in _fingerprints(content["weights"]).items():
-        if fingerprint != content["weights"][network]:
+    for network, made_with in content["weights"].items():
+        if fingerprint(network) != made_with:
             raise ValueError(f"{path} was made with other weights of {network}; {remedy}")
     return content
 
 
 def describe_machine(device):
     """What a run record says about where it was made: device, processor and versions."""
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        processor = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     versions = {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
     return {"device": device.type, "processor": processor, "versions": versions}
 
 
-# ---------------------------------------------------------------------------------------
-# 8  Metrics
-# ---------------------------------------------------------------------------------------
+# 8  Metrics ----------------------------------------------------------------------------
 
 
 def _check_samples(x, y):
     """x and y less the mean of x, in float64 on the CPU (MPS has none): no metric changes by the
     shift, and none cancels."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(
-            "need two samples (N, F) and (M, F) with N, M >= 2, got "
-            f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
-        )
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}; images need flatten(1)"
+        raise ValueError(f"need two samples (N, F) and (M, F) with N, M >= 2, got {shapes}")
     x, y = (samples.detach().cpu().double() for samples in (x, y))
     mean = x.mean(dim=0)
     return x - mean, y - mean
@@ -1749,11 +1602,8 @@ def mmd2(x, y, bandwidth):
     x, y = _check_samples(x, y)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}")
-    xx, yy, xy = (
-        torch.exp(-(torch.cdist(a, b) ** 2) / (2 * bandwidth**2))
-        for a, b in ((x, x), (y, y), (x, y))
-    )
-    n, m = len(x), len(y)
+    pairs, n, m = ((x, x), (y, y), (x, y)), len(x), len(y)
+    xx, yy, xy = (torch.exp(-(torch.cdist(a, b) ** 2) / (2 * bandwidth**2)) for a, b in pairs)
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
     return (within - 2 * xy.mean()).item()
 
@@ -1789,27 +1639,6 @@ def frechet_distance(features_x, features_y):
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
     mean = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
     return (mean + values.sum() + cov_y.trace() - 2 * cross).clamp(min=0).item()
-
-
-def precision_recall(real, generated, k=3):
-    """k-nearest-neighbour precision and recall of features (N, F), (M, F); two numbers.
-
-    Precision: the share of generated points that lie within the distance of a real point to its
-    k-th nearest real neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al.
-    2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
-    Raises ValueError unless 1 <= k < N and M.
-    """
-    real, generated = _check_samples(real, generated)
-    if not 1 <= k < min(len(real), len(generated)):
-        raise ValueError(f"need 1 <= k < N and M, got {k}, {len(real)} and {len(generated)}")
-
-    def covered(points, centres):
-        radius = [torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)]
-        radius = torch.cat(radius)  # the nearest, at distance 0, is the point itself
-        inside = [(torch.cdist(p, centres) <= radius).any(dim=1) for p in points.split(1000)]
-        return torch.cat(inside).double().mean().item()
-
-    return covered(generated, real), covered(real, generated)
 
 
 def residual_noise(x):

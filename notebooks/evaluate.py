@@ -19,6 +19,7 @@ record of other weights. Written to build/records, or with --in-place, for maint
 
 import functools
 import itertools
+import json
 import math
 import os
 import statistics
@@ -38,6 +39,37 @@ from helpers import UNet
 SEED = 7
 BATCH = 250
 FLOWS = [f"flow_{name}" for name in helpers.SCHEDULERS]  # the linear one first
+SIGMAS = {  # the sigma_t compared in question 5(b): numbers, or functions of t with beta = 1 - t
+    "0 (ODE)": 0,
+    "0.25": 0.25,
+    "0.5": 0.5,
+    "1": 1.0,
+    "2": 2.0,
+    "2 beta": lambda t: 2 * (1 - t),
+    "sqrt(2 beta)": lambda t: torch.sqrt(2 * (1 - t)),
+}
+
+
+def precision_recall(real, generated, k=3):
+    """k-nearest-neighbour precision and recall of features (N, F), (M, F); two numbers.
+
+    Precision: the share of generated points that lie within the distance of a real point to its
+    k-th nearest real neighbour. Recall: the same with the roles exchanged (Kynkaanniemi et al.
+    2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
+    Raises ValueError unless 1 <= k < N and M.
+    """
+    real, generated = (x.detach().cpu().double() for x in (real, generated))
+    real, generated = real - real.mean(dim=0), generated - real.mean(dim=0)  # nothing cancels
+    if not 1 <= k < min(len(real), len(generated)):
+        raise ValueError(f"need 1 <= k < N and M, got {k}, {len(real)} and {len(generated)}")
+
+    def covered(points, centres):
+        radius = [torch.cdist(c, centres).kthvalue(k + 1).values for c in centres.split(1000)]
+        radius = torch.cat(radius)  # the nearest, at distance 0, is the point itself
+        inside = [(torch.cdist(p, centres) <= radius).any(dim=1) for p in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(generated, real), covered(real, generated)
 
 
 class Judge:
@@ -77,7 +109,7 @@ class Judge:
     def coverage(self, x):
         """Precision and recall against test images, and the classes that the classifier reads."""
         features = self.features(x)
-        precision, recall = helpers.precision_recall(self.test_features, features)
+        precision, recall = precision_recall(self.test_features, features)
         shares = self.classes(features).bincount(minlength=10) / len(x)
         real = self.classes(self.test_features).bincount(minlength=10) / len(self.test)
         return {
@@ -88,11 +120,11 @@ class Judge:
         }
 
 
-def sample(solve, n, device, precision, seed=SEED):
+def sample(solve, n, device, dtype, seed=SEED):
     """Solve from n draws of the noise in batches; solve(x0, generator) -> x; returns (n, ...)."""
     generator = helpers.make_generator(seed)
     noise = torch.randn(n, 1, 28, 28, generator=generator)
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, dtype)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         chunks = [solve(x0.to(device), generator).cpu() for x0 in noise.split(BATCH)]
     return torch.cat(chunks)
@@ -100,8 +132,18 @@ def sample(solve, n, device, precision, seed=SEED):
 
 def save(name, networks, rows, device, **settings):
     """Write a record: its settings, the machine, and one row for each case."""
-    content = {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
-    helpers.save_record(name, networks, content)
+    save_record(
+        name, networks, {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
+    )
+
+
+def save_record(name, networks, content):
+    """Write <name>.json: content (a dict), and the SHA-256 of the networks it was made with."""
+    path = helpers.output_folder("records") / f"{name}.json"
+    fingerprints = {network: helpers.fingerprint(network) for network in networks}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"weights": fingerprints, **content}, indent=1) + "\n"
+    helpers.write_atomically(path, text.encode())
 
 
 def train_classifier(device):
@@ -134,7 +176,7 @@ def train_classifier(device):
     )
     judge = Judge(device)
     accuracy = (judge.classes(judge.test_features) == judge.labels).double().mean().item()
-    helpers.save_record("classifier", ["classifier"], {"test_accuracy": accuracy})
+    save_record("classifier", ["classifier"], {"test_accuracy": accuracy})
     print(f"classifier: test accuracy {accuracy:.4f}")
 
 
@@ -270,14 +312,14 @@ def denoising_excess(flows, judge, device, n=300):
     return [(e.mean(dim=1).tolist(), (e.std(dim=1) / n**0.5).tolist()) for e in excess]
 
 
-def evaluate_flows(judge, device, n=500, evaluations=32):
+def evaluate_flows(judge, device, n=500, nfe=32):
     """Questions 4(c), 4(d): the three flows, all on the straight path and one grid.
 
     Adams-Bashforth 2 on helpers.sampling_grid, float32, one noise: what differs is the training.
     Of flow_linear also the distances to the nearest training image.
     """
     train, _ = helpers.load_fashion_mnist("train")
-    pixels, grid = helpers.to_model_range(train), helpers.sampling_grid(evaluations)
+    pixels, grid = helpers.to_model_range(train), helpers.sampling_grid(nfe)
     flows, features, rows = {}, [], []
     for name, scheduler in helpers.SCHEDULERS.items():
         network = helpers.load_weights(UNet(), f"flow_{name}").to(device)
@@ -300,7 +342,7 @@ def evaluate_flows(judge, device, n=500, evaluations=32):
         row |= {"excess": excess[0], "excess_error": excess[1]}
     distances = {"samples": first, "test images": judge.test[:n]}
     distances = {k: nearest_distances(x, pixels).tolist() for k, x in distances.items()}
-    settings = {"n": n, "evaluations": evaluations, "precision": "float32", "levels": TIMES}
+    settings = {"n": n, "nfe": nfe, "dtype": "float32", "levels": TIMES}
     settings["nearest"] = {k: [round(v, 4) for v in values] for k, values in distances.items()}
     networks = [*FLOWS, "classifier"]
     save("flows", networks, rows, device, **settings)
@@ -321,48 +363,48 @@ def evaluate_places(judge, device, n=32, reference=128):
     fine = helpers.adams_bashforth2(velocity, noise, helpers.sampling_grid(reference))
     solvers = {"Adams-Bashforth 2": (helpers.adams_bashforth2, 1), "Heun": (helpers.heun, 2)}
     rows = []
-    for (solver, (solve, calls)), evaluations, curve in itertools.product(
+    for (solver, (solve, calls)), nfe, curve in itertools.product(
         solvers.items(), (8, 16, 32), curves
     ):
-        u = helpers.time_grid(evaluations // calls)
+        u = helpers.time_grid(nfe // calls)
         places = {"equal": u, "cosine": cosine.alpha(u) / (cosine.alpha(u) + cosine.beta(u))}
-        places |= {"polynomial": u**2, "grid": helpers.sampling_grid(evaluations // calls)}
+        places |= {"polynomial": u**2, "grid": helpers.sampling_grid(nfe // calls)}
         for place, s in places.items():
             ts = s if curve == "straight" else time_at_level(cosine, s)
             ts[0], ts[-1] = 0, 1
             x = solve(curves[curve], noise, ts)
             errors = (x - fine).square().flatten(1).mean(dim=1).sqrt().cpu()
-            row = {"solver": solver, "evaluations": evaluations, "curve": curve, "place": place}
+            row = {"solver": solver, "nfe": nfe, "curve": curve, "place": place}
             rows.append({**row, "errors": [round(e, 5) for e in errors.tolist()]})
             rows[-1]["residual_noise"] = helpers.residual_noise(x)
         print(rows[-1], flush=True)
-    settings = {"n": n, "reference": reference, "precision": "float32"}
+    settings = {"n": n, "reference": reference, "dtype": "float32"}
     settings["reference_noise"] = helpers.residual_noise(fine)
     save("places", ["flow_linear"], rows, device, **settings)
 
 
-def sample_finely(velocity, n, device, precision):
+def sample_finely(velocity, n, device, dtype):
     """n samples with 64 evaluations of Heun's method, with shorter steps near t = 1."""
     ts = 1 - (1 - helpers.time_grid(32)) ** 1.5
-    return sample(lambda x0, generator: helpers.heun(velocity, x0, ts), n, device, precision)
+    return sample(lambda x0, generator: helpers.heun(velocity, x0, ts), n, device, dtype)
 
 
 def evaluate_quality(judge, device, n=10_000):
     """flow_linear at N = 10 000 with 64 evaluations, and training images in its place."""
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
-    precision = helpers.choose_dtype(velocity, device)
+    dtype = helpers.choose_dtype(velocity, device)
     train, _ = helpers.load_fashion_mnist("train")
     index = torch.randperm(len(train), generator=helpers.make_generator(SEED))[:n]
     real = helpers.to_model_range(train[index])
     rows = []
     for name, x in (
         ("training images", real),
-        ("flow_linear", sample_finely(velocity, n, device, precision)),
+        ("flow_linear", sample_finely(velocity, n, device, dtype)),
     ):
         rows.append({"samples": name, **judge.measure(x), **judge.coverage(x)})
         print(rows[-1], flush=True)
     networks = ["flow_linear", "classifier"]
-    save("quality", networks, rows, device, n=n, evaluations=64, precision=precision)
+    save("quality", networks, rows, device, n=n, nfe=64, dtype=dtype)
 
 
 def evaluate_plain_recipe(judge, device, n=10_000):
@@ -372,17 +414,17 @@ def evaluate_plain_recipe(judge, device, n=10_000):
     model, losses = baseline.train(device, **config)
     config |= {"seconds": time.perf_counter() - start, "last_loss": losses[-500:].mean().item()}
     config |= {"parameters": sum(p.numel() for p in model.parameters())}
-    precision = helpers.choose_dtype(model, device)
-    x = sample_finely(model, n, device, precision)
+    dtype = helpers.choose_dtype(model, device)
+    x = sample_finely(model, n, device, dtype)
     row = {"samples": "plain recipe", **judge.measure(x), **judge.coverage(x)}
-    settings = {"training": config, "n": n, "evaluations": 64, "precision": precision}
+    settings = {"training": config, "n": n, "nfe": 64, "dtype": dtype}
     save("plain_recipe", ["classifier"], [row], device, **settings)
 
 
 def evaluate_guidance(judge, device, n=1000):
     """flow_labels with classifier-free guidance: labels in equal number, Heun's method."""
     model = helpers.load_weights(UNet(num_classes=10), "flow_labels").to(device)
-    precision = helpers.choose_dtype(model, device)
+    dtype = helpers.choose_dtype(model, device)
     labels, ts = torch.arange(BATCH, device=device) % 10, helpers.time_grid(16)
     asked = labels.cpu().repeat(n // BATCH)
     of_test = mean_spread(judge.test_features, judge.labels)
@@ -393,14 +435,14 @@ def evaluate_guidance(judge, device, n=1000):
         def solve(x0, generator, velocity=velocity):
             return helpers.heun(velocity, x0, ts)
 
-        x = sample(solve, n, device, precision)
+        x = sample(solve, n, device, dtype)
         features = judge.features(x)
         accuracy = (judge.classes(features) == asked).double().mean().item()
         spread = mean_spread(features, asked) / of_test
         row = {"guidance": guidance, "accuracy": accuracy, "spread": spread, **judge.measure(x)}
         rows.append(row)
         print(row, flush=True)
-    save("guidance", ["flow_labels", "classifier"], rows, device, n=n, precision=precision)
+    save("guidance", ["flow_labels", "classifier"], rows, device, n=n, dtype=dtype)
 
 
 def mean_spread(features, labels):
@@ -469,11 +511,9 @@ def evaluate_sigma(judge, device, n=500, sets=5):
     path = helpers.GaussianPath(helpers.LinearScheduler())
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     net = helpers.load_weights(UNet(), "score_linear").to(device)
-    precision, score = helpers.choose_dtype(velocity, device), helpers.NoiseScore(net, path)
+    dtype, score = helpers.choose_dtype(velocity, device), helpers.NoiseScore(net, path)
     rows = []
-    for number, steps, (label, sigma) in itertools.product(
-        range(sets), (50, 250), helpers.SIGMAS.items()
-    ):
+    for number, steps, (label, sigma) in itertools.product(range(sets), (50, 250), SIGMAS.items()):
         if number and steps != 50:
             continue  # one set where nothing is ranked
         drift, ts = helpers.sde_drift(velocity, score, sigma), helpers.time_grid(steps)
@@ -481,11 +521,11 @@ def evaluate_sigma(judge, device, n=500, sets=5):
         def solve(x0, generator, drift=drift, sigma=sigma, ts=ts):
             return helpers.euler_maruyama(drift, sigma, x0, ts, generator=generator)
 
-        x = sample(solve, n, device, precision, SEED + number)
+        x = sample(solve, n, device, dtype, SEED + number)
         rows.append({"sigma": label, "steps": steps, "set": number, **judge.measure(x)})
         print(rows[-1], flush=True)
     networks = ["flow_linear", "score_linear", "classifier"]
-    save("sigma", networks, rows, device, n=n, precision=precision)
+    save("sigma", networks, rows, device, n=n, dtype=dtype)
 
 
 def late_half(late):

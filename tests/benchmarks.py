@@ -68,10 +68,10 @@ def operations(call):
 
 
 def training(repeats):
-    step, precision = training_step(UNet().to(DEVICE), None)
+    step, dtype = training_step(UNet().to(DEVICE), None)
     return {
         "seconds": median_seconds(step, repeats),
-        "precision": precision,
+        "dtype": dtype,
         "operations": operations(step),
     }
 
@@ -79,14 +79,14 @@ def training(repeats):
 def training_plain(repeats):
     """The same network in float32 and the default memory layout."""
     model = UNet().to(DEVICE).to(memory_format=torch.contiguous_format)
-    step, precision = training_step(model, "float32")
-    return {"seconds": median_seconds(step, repeats), "precision": precision}
+    step, dtype = training_step(model, "float32")
+    return {"seconds": median_seconds(step, repeats), "dtype": dtype}
 
 
 def convolutions(repeats):
     """All convolutions of a training step alone, forwards and backwards, one at a time."""
     model, calls = UNet().to(DEVICE), []
-    precision = getattr(torch, helpers.choose_dtype(model, DEVICE))
+    dtype = getattr(torch, helpers.choose_dtype(model, DEVICE))
 
     def remember(module, inputs, output):
         calls.append((module, inputs[0].shape, output.shape))
@@ -100,8 +100,8 @@ def convolutions(repeats):
     for module, shape, out_shape in calls:
         key = (shape, out_shape, module.kernel_size, module.stride)
         if key not in seconds:
-            layer = module.to(precision)
-            form = {"dtype": precision, "device": DEVICE}
+            layer = module.to(dtype)
+            form = {"dtype": dtype, "device": DEVICE}
             x = torch.randn(shape, **form).to(memory_format=torch.channels_last)
             gradient = torch.randn(out_shape, **form).to(memory_format=torch.channels_last)
             x.requires_grad_(shape[1] > 1)  # the image needs no gradient
@@ -112,17 +112,17 @@ def convolutions(repeats):
 
             seconds[key] = median_seconds(both, repeats)
     total = sum(seconds[(s, o, m.kernel_size, m.stride)] for m, s, o in calls)
-    return {"seconds": total, "precision": str(precision).removeprefix("torch.")}
+    return {"seconds": total, "dtype": str(dtype).removeprefix("torch.")}
 
 
 # Sampling
 
 
-def sampler(method, evaluations, precision):
+def sampler(method, evaluations, dtype):
     """A call that samples 64 images with flow_linear."""
     model = helpers.load_weights(UNet(), "flow_linear").to(DEVICE)
     x0 = torch.randn(64, 1, 28, 28, generator=helpers.make_generator(0)).to(DEVICE)
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, dtype)
 
     def sample():
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
@@ -135,12 +135,12 @@ def sampler(method, evaluations, precision):
 
 def sampling(method, evaluations):
     def case(repeats):
-        precision = helpers.choose_dtype(UNet(), DEVICE)
-        fast, exact = (sampler(method, evaluations, p) for p in (precision, "float32"))
+        dtype = helpers.choose_dtype(UNet(), DEVICE)
+        fast, exact = (sampler(method, evaluations, p) for p in (dtype, "float32"))
         difference = (fast() - exact()).square().mean().sqrt().item()
         return {
             "seconds": median_seconds(fast, repeats),
-            "precision": precision,
+            "dtype": dtype,
             "rms_to_float32": difference,
             "seconds_float32": median_seconds(exact, repeats),
         }
@@ -245,18 +245,18 @@ def table(results):
 
     names = list(results[0])
     step, plain, alone, heun, _, draw, simulate = names[:7]
-    work, precision = results[0][step]["operations"] / 1e9, results[0][step]["precision"]
+    work, dtype = results[0][step]["operations"] / 1e9, results[0][step]["dtype"]
     lines = [f"{'case':36s} {'median s':>9s} {'peak GiB':>9s}"]
     for name in names:
         peak = max(r[name]["peak_gib"] for r in results)
         lines.append(f"{name:36s} {median(name):9.3f} {peak:9.2f}")
     lines += [
-        f"5000 steps: {5000 * median(step) / 60:.0f} minutes, in {precision}",
+        f"5000 steps: {5000 * median(step) / 60:.0f} minutes, in {dtype}",
         f"plain / ours: {ratio(plain, step):.2f}",
         f"convolutions alone / step: {ratio(alone, step):.2f}",
         f"convolution peak: {work / median(alone):.0f} GFLOP/s, {work:.0f} GFLOP a step",
         f"64 images, Heun, in float32: {median(heun, 'seconds_float32'):.3f} s",
-        f"RMS of {precision} against float32 there: {median(heun, 'rms_to_float32'):.3f}",
+        f"RMS of {dtype} against float32 there: {median(heun, 'rms_to_float32'):.3f}",
         f"normals alone / simulation: {ratio(draw, simulate):.2f}",
     ]
     lines += [f"torchsde / ours: {ratio(name, simulate):.1f}" for name in names[7:]]

@@ -5,6 +5,7 @@ import contextlib
 import os
 from itertools import pairwise
 
+import evaluate
 import pytest
 import torch
 from fake_device import PretendedDevice
@@ -238,9 +239,6 @@ CASES = {
     "divergence": lambda x, y, t, g: helpers.divergence(swirl, x, t),
     "log_likelihood": lambda x, y, t, g: helpers.log_likelihood(swirl, x, helpers.time_grid(4)),
     "sde_drift": lambda x, y, t, g: helpers.sde_drift(swirl, swirl, lambda t: 1 - t)(x, t),
-    "sde_drift_from_velocity": lambda x, y, t, g: helpers.sde_drift_from_velocity(
-        swirl, PATH, lambda t: 1 - t
-    )(x, t),
     "reschedule": lambda x, y, t, g: helpers.reschedule(swirl, helpers.CosineScheduler())(x, t),
     "path": lambda x, y, t, g: [
         PATH.sample(x, t, y),
@@ -277,7 +275,7 @@ CASES = {
     "mmd2": lambda x, y, t, g: helpers.mmd2(x, y, 1.0),
     "sliced_wasserstein": lambda x, y, t, g: helpers.sliced_wasserstein(x, y, generator=g),
     "frechet_distance": lambda x, y, t, g: helpers.frechet_distance(x, y),
-    "precision_recall": lambda x, y, t, g: helpers.precision_recall(x, y),
+    "precision_recall": lambda x, y, t, g: evaluate.precision_recall(x, y),
     "residual_noise": lambda x, y, t, g: helpers.residual_noise(x.view(2, 1, -1, 4)),
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checks import assert_mean
+from evaluate import precision_recall
 from scipy import linalg, spatial, stats
 
 from helpers import (
@@ -13,7 +14,6 @@ from helpers import (
     frechet_distance,
     make_generator,
     mmd2,
-    precision_recall,
     residual_noise,
     save_weights,
     sliced_wasserstein,

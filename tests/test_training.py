@@ -985,8 +985,10 @@ def test_a_score_network_trains_through_its_wrapper():
 
 
 def test_evaluations_belong_to_their_weights(weights_folder):
+    import evaluate  # of notebooks/, which a process started by these tests does not see
+
     save_weights(MLP(), "net", {"config": {}})
-    helpers.save_record("table", ["net"], {"n": 5, "rows": [1.5, 2.5]})
+    evaluate.save_record("table", ["net"], {"n": 5, "rows": [1.5, 2.5]})
     content = helpers.load_record("table")
     assert content["n"] == 5
     assert content["rows"] == [1.5, 2.5]
