@@ -38,7 +38,7 @@ FAULTS = [
         "slope_next = check_like(velocity(guess, t_next), x, \"velocity\")",
     ),
     ("half = _diffusion_at(diffusion, x, t) ** 2 / 2", "half = _diffusion_at(diffusion, x, t) / 2"),
-    ("half = _diffusion_at(diffusion, x, t) ** 2 / 2", "half = _diffusion_at(diffusion, x, t) ** 2"),
+    ("diffusion, x, t) ** 2 / 2\n", "diffusion, x, t) ** 2\n"),
     ("return u + half * check_like(score", "return u - half * check_like(score"),
     ("-torch.expm1(-2 * theta * t) / rate", "-torch.expm1(-theta * t) / rate"),
     ("torch.ones_like(theta), 2 * theta)", "torch.ones_like(theta), theta)"),
