@@ -1333,11 +1333,16 @@ def infinite_loss(means, weighted, delta):
     for seed, values in means.items():
         name = None if seed else "as printed, three runs"
         ax.loglog(shown, values[shown - 1], color=_WRONG, label=name)
-    ax.loglog(shown, weighted[shown - 1], color=COLORS["model"], label=r"times $\beta_t^2$: 1")
+    ax.loglog(shown, weighted[shown - 1], color=COLORS["model"], label=r"times $\beta_t^2$")
     if delta:
-        ax.axhline(1 / delta - 1, color=COLORS["exact"], linestyle="--", linewidth=0.8)
-        ax.text(1.2, 1.3 / delta, r"$1/\delta - 1$, the mean on $t \leq 1 - \delta$")
-    ax.set(xlabel="draws", ylabel="mean so far", ylim=(0.1, 1e8), xlim=(1, len(weighted)))
+        ax.axhline(1 / delta, color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.text(1.2, 1.3 / delta, r"$1/\delta$, the mean on $t \leq 1 - \delta$")
+    ax.set(
+        xlabel="draws of $t$",
+        ylabel="mean of the loss so far",
+        ylim=(0.1, 1e8),
+        xlim=(1, len(weighted)),
+    )
     ax.legend(loc="upper left")
     return fig
 
@@ -1371,30 +1376,35 @@ def last_steps(cases, results, predicted):
             name = f"last {count} steps" if count > 1 else "last step"
             _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
         ax.axhline(predicted[sigma], color=COLORS["exact"], linestyle="--", linewidth=0.8)
-        ax.text(-0.4, 0.85 * predicted[sigma], "one kick", va="top")
+        ax.text(-0.4, 0.85 * predicted[sigma], r"one kick, $\sigma\sqrt{h}$", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
+        ax.set_xlabel("what is left on in the last steps")
         ax.set_xticks(range(4), cases)
     axes[0].set_ylabel("noise in the corners")
     axes[0].legend(loc="lower left")
     return fig
 
 
-def stability_map(sigmas, counts, final, images):
-    """Deeper: noise left of a point mass, (counts, sigmas), and of images {(sigma, n): noise}."""
-    fig, ax = _page(3.2)
-    limits = {"norm": "log", "vmin": 1e-2, "vmax": 1e2, "cmap": "viridis"}
-    mesh = ax.pcolormesh(sigmas, counts, final.clamp(1e-2, 1e2), rasterized=True, **limits)
-    ax.plot(sigmas, 2 / sigmas**2, color="white", linestyle="--")
-    ax.text(0.11, 14, "what is left: the noise\nof the last step", color="white")
-    ax.text(0.11, 240, r"dashed: $n = 2/\sigma^2$", color="white")
-    ax.text(0.75, 600, "the last steps amplify", color="black")
-    (s, n), noise = zip(*images, strict=True), list(images.values())
-    ax.scatter(s, n, c=noise, s=70, edgecolors="white", **limits)
-    ax.set(xscale="log", yscale="log", xlabel=r"$\sigma$", ylabel="steps $n$")
-    ax.set(xlim=(sigmas[0].item(), sigmas[-1].item()), ylim=(counts[0].item(), counts[-1].item()))
-    ax.set_xticks([0.1, 0.25, 0.5, 1, 2], ["0.1", "0.25", "0.5", "1", "2"])
-    ax.minorticks_off()
-    fig.colorbar(mesh, ax=ax, label="noise left\n(circles: the UNet's corners)")
+def two_regimes(counts, left, seen):
+    """Deeper: noise left by steps, of a point mass {sigma: (N,)}, of images {(sigma, n): noise}."""
+    fig, ax = _page(2.9)
+    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(left)).tolist())
+    for (sigma, values), color in zip(left.items(), colors, strict=True):
+        ax.plot(counts, values, color=color)
+        inside = [i for i, value in enumerate(values) if value < 60]
+        place = (counts[inside[-1]], values[inside[-1]])
+        ax.annotate(
+            rf"$\sigma = {sigma}$",
+            place,
+            color=color,
+            ha="right",
+            xytext=(-4, 0),
+            textcoords="offset points",
+        )
+        dots = {n: noise for (s, n), noise in seen.items() if s == float(sigma)}
+        ax.plot(list(dots), list(dots.values()), "o", color=color, markersize=5)
+    ax.set(xscale="log", yscale="log", xlabel="steps $n$", ylabel="noise left", ylim=(5e-3, 100))
+    ax.text(5, 0.007, "lines: data in one point; dots: corners of the UNet's images")
     return fig
 
 
@@ -1408,7 +1418,9 @@ def invariance(names, short):
     ax.set_xticks(range(len(names)), names)
     ax.set_yscale("symlog", linthresh=5)
     ax.set_yticks([-5, 0, 5, 10, 100], ["−5", "0", "5", "10", "100"])
-    ax.set(xlabel=r"$\sigma_t$", ylabel="falls short by\n(standard errors)", ylim=(-8, 900))
+    ax.set(
+        xlabel=r"$\sigma_t$", ylabel="mean log p falls short\nby (standard errors)", ylim=(-8, 900)
+    )
     ax.text(len(names) - 0.9, -4, "grey: as exact draws", color="#555555", ha="right")
     ax.legend(loc="upper left", ncols=3)
     return fig
