@@ -1376,7 +1376,7 @@ def last_steps(cases, results, predicted):
             name = f"last {count} steps" if count > 1 else "last step"
             _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
         ax.axhline(predicted[sigma], color=COLORS["exact"], linestyle="--", linewidth=0.8)
-        ax.text(-0.4, 0.85 * predicted[sigma], r"one kick, $\sigma\sqrt{h}$", va="top")
+        ax.text(-0.4, 0.85 * predicted[sigma], "one kick, $\\sigma$√$h$", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
         ax.set_xlabel("what is left on in the last steps")
         ax.set_xticks(range(4), cases)
