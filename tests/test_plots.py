@@ -1,4 +1,4 @@
-"""notebooks/plots.py: figures, tables, comparison with the committed ones, sliders."""
+"""notebooks/plots.py and show.py: figures, tables, comparison with the committed, sliders."""
 
 import base64
 import json
@@ -12,6 +12,7 @@ from PIL import Image
 
 import helpers
 import plots
+import show
 from helpers import make_generator
 from plots import FULL, HALF, play, save_animation, save_figure, save_table, watch
 
@@ -313,7 +314,7 @@ def test_without_a_reader_a_play_is_a_figure(figures, shown):
 def test_a_reader_moves_a_slider(figures, shown, monkeypatch):
     widgets = pytest.importorskip("ipywidgets")
     made = []
-    monkeypatch.setattr(plots, "_live", lambda: True)
+    monkeypatch.setattr(show, "_live", lambda: True)
     box = widgets.VBox
     monkeypatch.setattr(widgets, "VBox", lambda children: made.append(children) or box(children))
     play(shifted, "1d_test", "A.", **CONTROLS)
@@ -347,14 +348,14 @@ def test_a_live_reader_is_one_who_can_be_asked(monkeypatch):
 
     monkeypatch.setattr(IPython, "get_ipython", Shell)
     for asked in (True, False):
-        assert plots._live() is asked
+        assert show._live() is asked
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)
-    assert plots._live() is False
+    assert show._live() is False
 
 
 def test_watch_draws_for_a_live_reader_only(shown, monkeypatch):
     for live in (False, True):
-        monkeypatch.setattr(plots, "_live", lambda live=live: live)
+        monkeypatch.setattr(show, "_live", lambda live=live: live)
         on_step = watch(lambda step, losses, model: curve(), every=2)
         for step in range(1, 5):
             on_step(step, torch.zeros(step), None)
