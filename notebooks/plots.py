@@ -27,11 +27,14 @@ FULL, HALF = 6.5, 3.2  # inches: a printed page's text, and a column
 
 # One colour each through all notebooks; distinguishable in the common colour blindnesses.
 COLORS = {"noise": "#0072B2", "data": "#D55E00", "model": "#009E73", "exact": "#000000"}
+_GREY, _NOTE = "#888888", "#555555"  # bands and levels; words about them
+_WRONG = "#CC3377"  # what a wrong program or a misprint gives
+_BAND = {"color": _GREY, "alpha": 0.2, "linewidth": 0}
+_EXACT = {"color": COLORS["exact"], "linewidth": 0.9}
+_LEVEL = {"color": COLORS["exact"], "linestyle": "--"}
 
 
-# ---------------------------------------------------------------------------------------
 # Building blocks: draw on ax and return it
-# ---------------------------------------------------------------------------------------
 
 
 def plot_points(x, ax, *, limit=None, **style):
@@ -46,16 +49,9 @@ def plot_histogram(x, ax, *, limit, bins=40, vmax=None):
 
     Returns ax; the mesh, for a colour bar, is ax.collections[-1].
     """
-    ax.hist2d(
-        *x.detach().cpu().T.numpy(),
-        bins=bins,
-        range=[(-limit, limit)] * 2,
-        density=True,
-        cmap="magma",
-        vmin=0,
-        vmax=vmax,
-        rasterized=True,
-    )
+    points, square = x.detach().cpu().T.numpy(), [(-limit, limit)] * 2
+    style = {"density": True, "cmap": "magma", "vmin": 0, "vmax": vmax, "rasterized": True}
+    ax.hist2d(*points, bins=bins, range=square, **style)
     return _frame_plane(ax, limit)
 
 
@@ -81,7 +77,7 @@ def plot_loss(losses, ax, *, window=100, floor=None, label=None, **style):
     style = {"color": COLORS["model"]} | style
     ax.plot(torch.arange(len(mean)) + len(losses) - len(mean), mean, label=label, **style)
     if floor is not None:
-        ax.axhline(floor, color=COLORS["exact"], linestyle="--", label=f"floor {floor:.3f}")
+        ax.axhline(floor, **_LEVEL, label=f"floor {floor:.3f}")
     ax.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
     return ax
 
@@ -113,12 +109,23 @@ def _frame_plane(ax, limit):
     return ax
 
 
-# ---------------------------------------------------------------------------------------
-# Notebook 01
-# ---------------------------------------------------------------------------------------
+def _page(height, columns=1, rows=1, **options):
+    """A figure as wide as a page, and its axes."""
+    return plt.subplots(rows, columns, figsize=(FULL, height), **options)
 
-_GREY = "#888888"
-_WRONG = "#CC3377"  # what a wrong program or a misprint gives
+
+def _corner(ax, text, color="black", x=0.03, y=0.97):
+    """Text in a corner of ax: the left one for x < 1/2, the upper one for y > 1/2."""
+    sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
+    ax.text(x, y, text, transform=ax.transAxes, color=color, **sides)
+
+
+def _dots(ax, x, y, bar, color, **style):
+    """Points with error bars; "o-" as fmt joins them."""
+    ax.errorbar(x, y, bar, **{"fmt": "o", "color": color, "markersize": 4} | style)
+
+
+# Notebook 01
 
 
 def _normal(x, variance):
@@ -129,66 +136,43 @@ def _normal(x, variance):
 def ou_shared_noise(ts, xs, theta, sigma):
     """1(d): paths xs (N+1, B) driven by one noise, over the band of +-2 stationary std."""
     std = sigma / math.sqrt(2 * theta)
-    fig, ax = plt.subplots(figsize=(FULL, 2.5))
-    ax.axhspan(-2 * std, 2 * std, color=_GREY, alpha=0.2, linewidth=0)
+    fig, ax = _page(2.5)
+    ax.axhspan(-2 * std, 2 * std, **_BAND)
     ax.plot(ts, xs, color=COLORS["model"], linewidth=0.9)
     ax.plot(torch.zeros(xs.shape[1]), xs[0], "o", color=COLORS["model"], markersize=4)
     ax.text(0.7, 4.6, f"{xs.shape[1]} starting points, the same shakes", color=COLORS["model"])
-    ax.text(
-        ts[-1] - 0.1,
-        2 * std + 0.2,
-        "one path: the start is forgotten",
-        ha="right",
-        color=COLORS["model"],
-    )
-    ax.text(
-        ts[-1] - 0.1,
-        -2 * std - 0.2,
-        r"grey: $\pm2$ standard deviations, in the long run",
-        ha="right",
-        va="top",
-        color="#555555",
-    )
+    end, text = ts[-1] - 0.1, "one path: the start is forgotten"
+    ax.text(end, 2 * std + 0.2, text, color=COLORS["model"], ha="right")
+    text = r"grey: $\pm2$ standard deviations, in the long run"
+    ax.text(end, -2 * std - 0.2, text, color=_NOTE, ha="right", va="top")
     ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.1, float(ts[-1])), ylim=(-6.6, 6.6))
     return fig
 
 
 def langevin_factor(ts, right, printed, exact):
     """1(a): paths (N+1, B) under the right and the printed drift; exact: the latter's variance."""
-    fig, (left, ax) = plt.subplots(1, 2, figsize=(FULL, 2.5))
+    fig, (left, ax) = _page(2.5, 2)
     names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
     x = torch.linspace(-7, 7, 300)
     looks = (right, COLORS["model"]), (printed, _WRONG)
     for (xs, color), name, curve in zip(looks, names, (exact[0] + 0 * exact, exact), strict=True):
-        left.plot(ts, curve, color=COLORS["exact"], linewidth=0.9)
+        left.plot(ts, curve, **_EXACT)
         left.plot(ts[::25], xs[::25].var(dim=1), "o", color=color, markersize=3.5, label=name)
         ax.hist(xs[-1], bins=50, range=(-7, 7), density=True, histtype="step", color=color)
-        ax.plot(x, _normal(x, curve[-1]), color=COLORS["exact"], linewidth=0.9)
-    left.plot([], [], color=COLORS["exact"], linewidth=0.9, label="exact")
+        ax.plot(x, _normal(x, curve[-1]), **_EXACT)
+    left.plot([], [], **_EXACT, label="exact")
     left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * float(exact[0])))
     left.legend(loc="upper left")
-    ax.text(
-        0.97,
-        0.9,
-        "right factor:\nkeeps $p$",
-        transform=ax.transAxes,
-        ha="right",
-        va="top",
-        color=COLORS["model"],
-    )
-    ax.text(0.03, 0.9, "as printed", transform=ax.transAxes, va="top", color=_WRONG)
-    ax.set(
-        xlabel="$x$",
-        ylabel="density at the end",
-        xlim=(-7, 7),
-        ylim=(0, 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))),
-    )
+    _corner(ax, "right factor:\nkeeps $p$", COLORS["model"], x=0.97, y=0.9)
+    _corner(ax, "as printed", _WRONG, y=0.9)
+    top = 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))
+    ax.set(xlabel="$x$", ylabel="density at the end", xlim=(-7, 7), ylim=(0, top))
     return fig
 
 
 def solver_steps(fine_ts, fine, ts, xs):
     """1(b): a coarse path xs (n+1,) over a fine one, on the same Brownian motion."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.2))
+    fig, ax = _page(2.2)
     ax.plot(fine_ts, fine, color=COLORS["exact"], linewidth=0.8, label=f"{len(fine) - 1} steps")
     ax.plot(ts, xs, "o-", color=COLORS["model"], markersize=4, label=f"{len(xs) - 1} steps")
     ax.legend(loc="upper right", title="Euler–Maruyama, same noise")
@@ -198,33 +182,31 @@ def solver_steps(fine_ts, fine, ts, xs):
 
 def brownian_paths(ts, runs):
     """1(c): runs {sigma: paths (N+1, B)}, with the band +-2 sigma sqrt(t)."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(runs), sharey=True)
     for ax, (sigma, xs) in zip(axes, runs.items(), strict=True):
         edge = 2 * sigma * ts.sqrt()
-        ax.fill_between(ts, -edge, edge, color=_GREY, alpha=0.2, linewidth=0)
+        ax.fill_between(ts, -edge, edge, **_BAND)
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
     axes[0].set_ylabel("$X_t$")
-    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color="#555555")
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color=_NOTE)
     return fig
 
 
 def brownian_refined(ts, x):
     """1(c): one path x (n+1,) on the grid ts; its length and its sum of squared steps up to t."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.3))
+    fig, (left, right) = _page(2.3, 2)
     left.plot(ts, x, ".-", color=COLORS["model"], markersize=3, linewidth=0.7)
-    left.set(
-        xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps", xlim=(0, 1), ylim=(-1.2, 1.2)
-    )
-    step = x.diff()
-    for sums, color, name, at in (
-        (step.abs().cumsum(0), COLORS["noise"], "length of the path", "bottom"),
-        (step.square().cumsum(0), COLORS["data"], "sum of squared steps", "top"),
+    left.set(xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps")
+    left.set(xlim=(0, 1), ylim=(-1.2, 1.2))
+    length, squares = x.diff().abs().cumsum(0), x.diff().square().cumsum(0)
+    for sums, name, kind, y in (
+        (length, "length of the path", "noise", length[-1] * 1.3),
+        (squares, "sum of squared steps", "data", 0.03),
     ):
-        right.semilogy(ts[1:], sums, color=color)
-        y = sums[-1] * 1.3 if at == "bottom" else 0.03
-        right.text(0.98, y, name, color=color, ha="right", va="bottom")
-    right.semilogy((0, 1), (1, 1), "--", color=COLORS["exact"], linewidth=0.8)
+        right.semilogy(ts[1:], sums, color=COLORS[kind])
+        right.text(0.98, y, name, color=COLORS[kind], ha="right", va="bottom")
+    right.semilogy((0, 1), (1, 1), **_LEVEL, linewidth=0.8)
     right.text(0.98, 1.1, "its limit at $t = 1$", ha="right", va="bottom")
     right.set(xlabel="$t$", title="what the steps add up to", xlim=(0, 1), ylim=(0.02, 200))
     return fig
@@ -232,65 +214,41 @@ def brownian_refined(ts, x):
 
 def ou_paths(ts, runs, moments):
     """1(d): {(theta, sigma): paths (N+1, B)}, a row a theta, with mean and variance alike."""
-    fig, axes = plt.subplots(2, 3, figsize=(FULL, 3.7), sharex=True, sharey=True)
+    fig, axes = _page(3.7, 3, 2, sharex=True, sharey=True)
     for ax, ((theta, sigma), xs) in zip(axes.flat, runs.items(), strict=True):
         mean, variance = moments[theta, sigma]
         low, high = mean[:, 0] - 2 * variance[:, 0].sqrt(), mean[:, -1] + 2 * variance[:, 0].sqrt()
-        ax.fill_between(ts, low, high, color=_GREY, alpha=0.2, linewidth=0)
+        ax.fill_between(ts, low, high, **_BAND)
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.plot(ts, mean, color=COLORS["exact"], linestyle=":", linewidth=0.8)
-        ratio = sigma**2 / (2 * theta)
-        ax.set_title(
-            rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: "
-            rf"$\sigma^2\!/(2\theta) = {ratio:g}$"
-        )
+        ratio = rf"$\sigma^2\!/(2\theta) = {sigma**2 / (2 * theta):g}$"
+        ax.set_title(rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: {ratio}")
         ax.set(xlim=(0, float(ts[-1])), ylim=(-7, 7))
         end = "a point" if sigma == 0 else "a distribution"
         ax.text(0.97, 0.04, end, transform=ax.transAxes, ha="right")
-    axes[0, 0].text(
-        0.97, 0.93, "dotted: exact mean", transform=axes[0, 0].transAxes, ha="right", va="top"
-    )
-    axes[0, 1].text(
-        0.97,
-        0.93,
-        "grey: means ± 2 std",
-        transform=axes[0, 1].transAxes,
-        ha="right",
-        va="top",
-        color="#555555",
-    )
-    for ax in axes[1]:
-        ax.set_xlabel("$t$")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("$X_t$")
+    _corner(axes[0, 0], "dotted: exact mean", x=0.97, y=0.93)
+    _corner(axes[0, 1], "grey: means ± 2 std", _NOTE, x=0.97, y=0.93)
+    plt.setp(axes[1], xlabel="$t$")
+    plt.setp(axes[:, 0], ylabel="$X_t$")
     return fig
 
 
 def ou_convergence(points):
     """1(d): {theta: (times, mean left, error, variance missing, error)}, with e^(-rate t)."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True)
+    fig, axes = _page(2.6, 2, sharey=True)
     t = torch.linspace(0, 2.3, 50)
-    for (theta, (times, *rows)), color in zip(
-        points.items(), (COLORS["noise"], COLORS["data"]), strict=True
-    ):
-        for k, ax in enumerate(axes):
+    looks = zip(points.items(), (COLORS["noise"], COLORS["data"]), strict=True)
+    for (theta, (times, *rows)), color in looks:
+        for k, (ax, rate) in enumerate(zip(axes, (r"\theta ", r"2\theta "), strict=True)):
             value, error = rows[2 * k], rows[2 * k + 1]
             ax.semilogy(t, torch.exp(-(k + 1) * theta * t), color=color, linewidth=0.8)
-            ax.errorbar(times, value, 2 * error, fmt="o", color=color, markersize=3, capsize=2)
-            rate = r"\theta " if k == 0 else r"2\theta "
-            ax.plot(
-                [],
-                [],
-                "o-",
-                color=color,
-                markersize=3,
-                label=rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$",
-            )
+            _dots(ax, times, value, 2 * error, color, markersize=3, capsize=2)
+            name = rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$"
+            ax.plot([], [], "o-", color=color, markersize=3, label=name)
     for ax in axes:
         ax.legend(loc="upper right")
         ax.set(xlabel="$t$", xlim=(0, 2.2), ylim=(0.05, 2.5))
-    axes[0].set_ylabel("what is left")
-    axes[0].set_title("of the starting point: $m_t / X_0$")
+    axes[0].set(ylabel="what is left", title="of the starting point: $m_t / X_0$")
     axes[1].set_title(r"of the missing variance: $1 - s_t^2/v$")
     return fig
 
@@ -300,29 +258,18 @@ def ou_laboratory(ts, xs, limit, solver):
 
     limit: variance of the exact limit; solver: of the solver's own, inf beyond its stability.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True, width_ratios=(3, 1.4))
-    xs = xs.nan_to_num(99.0).clamp(-99, 99)
+    fig, (left, right) = _page(2.6, 2, sharey=True, width_ratios=(3, 1.4))
+    xs, y = xs.nan_to_num(99.0).clamp(-99, 99), torch.linspace(-8, 8, 300)
     left.plot(ts, xs[:, :20], color=COLORS["model"], linewidth=0.7)
     left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, float(ts[-1])), ylim=(-8, 8))
-    left.set_title(
-        f"20 paths, $h$ = {ts[1]:.2g}"
-        if math.isfinite(solver)
-        else f"$h$ = {ts[1]:.2g}: the solver is unstable"
-    )
-    y = torch.linspace(-8, 8, 300)
-    right.hist(
-        xs[-1],
-        bins=64,
-        range=(-8, 8),
-        weights=torch.full_like(xs[-1], 4 / xs.shape[1]),
-        orientation="horizontal",
-        color=COLORS["model"],
-        alpha=0.5,
-        label="end points",
-    )
+    stable, step = math.isfinite(solver), f"$h$ = {ts[1]:.2g}"
+    left.set_title(f"20 paths, {step}" if stable else f"{step}: the solver is unstable")
+    bars = {"bins": 64, "range": (-8, 8), "weights": torch.full_like(xs[-1], 4 / xs.shape[1])}
+    style = {"orientation": "horizontal", "color": COLORS["model"], "alpha": 0.5}
+    right.hist(xs[-1], **bars, **style, label="end points")
     if limit > 0:
         right.plot(_normal(y, limit), y, color=COLORS["exact"], label="exact limit")
-        if math.isfinite(solver):
+        if stable:
             right.plot(_normal(y, solver), y, "--", color=_WRONG, label="solver's limit")
     right.set(xlabel="density", xlim=(0, 0.8))
     right.legend(loc="upper right")
@@ -331,42 +278,31 @@ def ou_laboratory(ts, xs, limit, solver):
 
 def ou_collapse(paths):
     """1(d): {(theta, sigma): (ts, x)}, as they are and in units of 1/theta and sqrt(v)."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
-    looks = zip(
-        paths.items(),
-        (COLORS["noise"], COLORS["data"], COLORS["model"], "#000000"),
-        (5.5, 3.8, 2.2, 0.8),
-        strict=True,
-    )
-    for ((theta, sigma), (ts, x)), color, width in looks:
+    fig, (left, right) = _page(2.6, 2)
+    colors, widths = [COLORS[k] for k in ("noise", "data", "model", "exact")], (5.5, 3.8, 2.2, 0.8)
+    for ((theta, sigma), (ts, x)), color, width in zip(paths.items(), colors, widths, strict=True):
         unit = sigma / math.sqrt(2 * theta)
         name = rf"$\theta = {theta:g},\ \sigma = {sigma:g}$"
         left.plot(ts, x, color=color, linewidth=0.9, label=name)
         right.plot(theta * ts, x / unit, color=color, linewidth=width)
     left.set(xlabel="$t$", ylabel="$X_t$", title="four processes, the same noise")
     left.legend()
-    right.set(
-        xlabel=r"$\theta t$",
-        ylabel=r"$X_t / \sqrt{v}$",
-        title=r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one",
-    )
+    right.set(xlabel=r"$\theta t$", ylabel=r"$X_t / \sqrt{v}$")
+    right.set_title(r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one")
     return fig
 
 
 def convergence_orders(steps, errors):
     """1(b), deeper: {name: (errors (K,), standard errors, order)} against the step sizes."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.8))
-    colors = COLORS["data"], COLORS["model"], COLORS["noise"]
-    for (name, (error, bar, order)), color, marker in zip(
-        errors.items(), colors, "s^o", strict=True
-    ):
-        ax.errorbar(steps, error, 2 * bar, fmt=marker, color=color, markersize=4, capsize=2)
+    fig, ax = _page(2.8)
+    looks = zip(errors.items(), ("data", "model", "noise"), "s^o", strict=True)
+    for (name, (error, bar, order)), kind, marker in looks:
+        color = COLORS[kind]
+        _dots(ax, steps, error, 2 * bar, color, fmt=marker, capsize=2)
         ax.loglog(steps, error[-1] * (steps / steps[-1]) ** order, color=color, linewidth=0.8)
-        slope = {0.5: "½"}.get(order, f"{order:g}")
+        text = f"{name}: slope {'½' if order == 0.5 else f'{order:g}'}"
         lift, side = (1.9, "right") if order == 0.5 else (0.45, "left")
-        ax.text(
-            steps[3], lift * error[3], f"{name}: slope {slope}", color=color, ha=side, va="center"
-        )
+        ax.text(steps[3], lift * error[3], text, color=color, ha=side, va="center")
     ax.set(xlabel="step $h$", ylabel="effect of halving $h$", xscale="log", yscale="log")
     ax.set_xticks(steps.tolist(), [f"1/{round(1 / h)}" for h in steps.tolist()])
     ax.minorticks_off()
@@ -375,48 +311,34 @@ def convergence_orders(steps, errors):
 
 def langevin(mixture, clouds, start):
     """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
-    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True)
+    fig, axes = _page(2.8, len(clouds), sharey=True)
     side = torch.linspace(-3, 3, 81)
     height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
+    lines = {"levels": (0.015, 0.08, 0.2), "colors": COLORS["exact"], "linewidths": 0.7}
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
         ax.scatter(*points.T, s=2, color=COLORS["model"], rasterized=True)
-        ax.contour(
-            side, side, height, levels=(0.015, 0.08, 0.2), colors=COLORS["exact"], linewidths=0.7
-        )
+        ax.contour(side, side, height, **lines)
         ax.plot(*start, "*", color=COLORS["data"], markersize=9)
-        ax.set(title=f"$t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+        _frame_plane(ax, 3).set(title=f"$t = {t:g}$", ylabel="")
     axes[0].text(-2.8, 2.3, "star: all start here", color=COLORS["data"])
     axes[1].text(-2.8, 2.3, "dots: particles", color=COLORS["model"])
     axes[2].text(-2.8, 2.3, "lines: target density")
-    for ax in axes:
-        ax.set_xlabel("$x_1$")
     axes[0].set_ylabel("$x_2$")
     return fig
 
 
 def fokker_planck(laws, snapshots):
     """Beyond: snapshots {t: points (N,)} as histograms with error bars, laws {t: mixture} exact."""
-    fig, axes = plt.subplots(1, len(laws), figsize=(FULL, 2.2), sharey=True)
-    grid, edges = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25)
+    fig, axes = _page(2.2, len(laws), sharey=True)
+    grid, edges, width = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25), 0.25
+    middles, name = (edges[1:] + edges[:-1]) / 2, "equation's density"
     for ax, (t, law) in zip(axes, laws.items(), strict=True):
         x = snapshots[t]
-        counts, width = torch.histc(x, 24, -3, 3), 0.25
+        counts = torch.histc(x, 24, -3, 3)
         bar = 2 * (counts * (1 - counts / len(x))).sqrt() / (len(x) * width)
-        ax.errorbar(
-            (edges[1:] + edges[:-1]) / 2,
-            counts / (len(x) * width),
-            bar,
-            fmt=".",
-            color=COLORS["model"],
-            label="simulated paths",
-        )
-        ax.plot(
-            grid,
-            law.log_prob(grid[:, None]).exp(),
-            color=COLORS["exact"],
-            linewidth=0.9,
-            label="equation's density",
-        )
+        style = {"fmt": ".", "markersize": None, "label": "simulated paths"}
+        _dots(ax, middles, counts / (len(x) * width), bar, COLORS["model"], **style)
+        ax.plot(grid, law.log_prob(grid[:, None]).exp(), **_EXACT, label=name)
         ax.set(xlabel="$x$", title=f"$t = {t:g}$", ylim=(0, 0.6))
     axes[0].set_ylabel("density of $X_t$")
     axes[0].legend(loc="upper left")
@@ -425,19 +347,12 @@ def fokker_planck(laws, snapshots):
 
 def time_reversal(density, returned):
     """Beyond: returned {name: points (N,)} against the density of the data, a function of x."""
-    fig, axes = plt.subplots(1, len(returned), figsize=(FULL, 2.2), sharey=True)
+    fig, axes = _page(2.2, len(returned), sharey=True)
     grid = torch.linspace(-6, 6, 400)
+    style = {"color": COLORS["model"], "alpha": 0.5, "label": "came back"}
     for ax, (name, x) in zip(axes, returned.items(), strict=True):
         weights = torch.full((len(x),), 1 / (len(x) * 0.24))
-        ax.hist(
-            x,
-            bins=50,
-            range=(-6, 6),
-            weights=weights,
-            color=COLORS["model"],
-            alpha=0.5,
-            label="came back",
-        )
+        ax.hist(x, bins=50, range=(-6, 6), weights=weights, **style)
         ax.plot(grid, density(grid), color=COLORS["data"], linewidth=1, label="the data")
         ax.set(title=name, xlabel="$x$", ylim=(0, 0.75))
     axes[0].set_ylabel("density")
@@ -450,7 +365,7 @@ def broken_programs(first, second):
 
     first: {N: (ts, xs)}; second: (ts, xs, std that it should have).
     """
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3))
+    fig, axes = _page(2.3, 3)
     for ax, (n, (grid, xs)) in zip(axes[:2], first.items(), strict=True):
         ax.plot(grid, xs, color=_WRONG, linewidth=0.7)
         for sign in (-2, 2):
@@ -459,17 +374,14 @@ def broken_programs(first, second):
     grid, xs, std = second
     axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
     axes[2].hlines((-2 * std, 2 * std), 0, grid[-1], color=COLORS["exact"], linewidth=1)
-    axes[2].set(
-        title=r"program B, $\theta = 1$, $\sigma = 2$", xlabel="$t$", xlim=(0, float(grid[-1]))
-    )
+    axes[2].set_title(r"program B, $\theta = 1$, $\sigma = 2$")
+    axes[2].set(xlabel="$t$", xlim=(0, float(grid[-1])))
     axes[0].text(0.03, -65, "black: 95 % should\nstay between")
     axes[0].set_ylabel("$X_t$")
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 02
-# ---------------------------------------------------------------------------------------
 
 _LOOKS = (("#000000", "-"), ("#AA4499", "--"), ("#CC9900", "-."), ("#33AADD", ":"))  # schedules
 
@@ -538,7 +450,7 @@ def _weights(ax, ts, alpha, beta):
 
 def conditional_path(z, eps, t, runs):
     """2(b): from noise eps to data z, (2,); runs {name: (path, x_t, draws, (mean, std))}."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 3.0), sharey=True)
+    fig, axes = _page(3.0, len(runs), sharey=True)
     for ax, (name, (line, x, draws, (mean, std))) in zip(axes, runs.items(), strict=True):
         plot_points(draws, ax, color=_GREY, s=4)
         ax.add_patch(plt.Circle(mean.tolist(), 2 * std, fill=False, linewidth=0.8))
@@ -550,7 +462,7 @@ def conditional_path(z, eps, t, runs):
             ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
-    axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color="#555555")
+    axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color=_NOTE)
     axes[1].set_ylabel("")
     return fig
 
@@ -577,7 +489,7 @@ def histograms(times, rows, laws, bins, top):
 
 def laboratory(name, ts, weights, t, x, law, image, decibels):
     """2(d): a schedule's weights on ts; at t a cloud x (B, 2), its law, an image (1, H, W)."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(FULL, 2.3))
+    fig, (left, middle, right) = _page(2.3, 3)
     _weights(left, ts, *weights).axvline(t, color=_GREY, linewidth=0.8)
     left.set(xlabel="$t$", title=f"{name}, $t = {t:g}$", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     plot_points(x, middle, s=2, color=_blend(t))
@@ -588,13 +500,13 @@ def laboratory(name, ts, weights, t, x, law, image, decibels):
 
 def measures(ts, curves):
     """2(d): curves {label: {schedule: values}} against ts, four panels with one key."""
-    fig, axes = plt.subplots(2, 2, figsize=(FULL, 4.0), sharex=True)
+    fig, axes = _page(4.0, 2, 2, sharex=True)
     for ax, (label, values) in zip(axes.flat, curves.items(), strict=True):
         for k, (name, curve) in enumerate(values.items()):
             color, line = _LOOKS[k % len(_LOOKS)]
             ax.plot(ts, curve, line, color=color, label=name)
         ax.set(title=label, xlim=(0, 1), xlabel="$t$" if ax in axes[1] else "")
-    axes[0, 0].axhspan(-10, 10, color=_GREY, alpha=0.2, linewidth=0)
+    axes[0, 0].axhspan(-10, 10, **_BAND)
     axes[0, 0].set(ylim=(-40, 40))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
@@ -607,7 +519,7 @@ def one_path(rows):
 
 def marginalisation(side, maps):
     """Beyond: maps {title: values on the grid of side (n,) in each coordinate}, one scale."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(maps), sharey=True)
     top = max(float(values.abs().max()) for values in maps.values())
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         grid = values.reshape(len(side), -1).T
@@ -626,15 +538,7 @@ def broken_paths(rows, laws):
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 03
-# ---------------------------------------------------------------------------------------
-
-
-def _corner(ax, text, color="black", x=0.03, y=0.97):
-    """Text in a corner of ax: the left one for x < 1/2, the upper one for y > 1/2."""
-    sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
-    ax.text(x, y, text, transform=ax.transAxes, color=color, **sides)
 
 
 def flow_trajectories(ts, xs, t, limit=3.6):
@@ -658,7 +562,7 @@ def flow_trajectories(ts, xs, t, limit=3.6):
 
 def training_steps(losses, step, x, mixture, limit=3.4):
     """3(c): the losses up to a step, and points x (N, 2) that the network then generates."""
-    fig, (ax, plane) = plt.subplots(1, 2, figsize=(FULL, 2.6), width_ratios=(1.6, 1))
+    fig, (ax, plane) = _page(2.6, 2, width_ratios=(1.6, 1))
     ax.loglog(1 + torch.arange(len(losses)), losses, color=_GREY, alpha=0.4, linewidth=0.6)
     ax.loglog(1 + torch.arange(step), losses[:step], color=COLORS["model"], linewidth=0.8)
     ax.plot(max(step, 1), losses[max(step - 1, 0)], "o", color=COLORS["model"])
@@ -674,7 +578,7 @@ def training_steps(losses, step, x, mixture, limit=3.4):
 
 def conditional_average(mixture, x, ends, place, field):
     """3(a): arrows from x (N, 2) to their ends, and beside it a field (points, arrows)."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.2), sharey=True)
+    fig, axes = _page(3.2, 2, sharey=True)
     full = {"scale": 1, "scale_units": "xy"}
     for ax in axes:
         plot_density(mixture, ax, limit=2.9, levels=4, colors="0.7")
@@ -690,8 +594,8 @@ def conditional_average(mixture, x, ends, place, field):
 
 def cancellation(gaps, printed, simple):
     """3(a): errors of the printed and the simplified form against 1 - t."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.6))
-    ax.loglog(gaps, 2.0**-23 / gaps, "--", color=COLORS["exact"], linewidth=0.9)
+    fig, ax = _page(2.6)
+    ax.loglog(gaps, 2.0**-23 / gaps, "--", **_EXACT)
     ax.loglog(gaps, printed, "o-", markersize=4, color=_WRONG)
     ax.loglog(gaps, simple, "s-", markersize=4, color=COLORS["model"])
     ax.text(gaps[12], 6 * printed[12], "as printed", color=_WRONG, ha="right")
@@ -704,7 +608,7 @@ def cancellation(gaps, printed, simple):
 
 def loss_and_floor(steps, excess, times, loss, floor, ends):
     """3(c): excess over the floor by step; by time the loss of the network and the floor."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    fig, (left, right) = _page(2.6, 2)
     left.loglog(steps, excess, "o-", color=COLORS["model"], markersize=4)
     left.set(xlabel="step of training", ylabel="loss $-$ floor", title="what is above the floor")
     right.plot(times, floor, color=COLORS["exact"], label="floor, exact")
@@ -737,7 +641,7 @@ def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
 
 def solver_paths(fine, coarse, name, limit=3.4):
     """3(d): trajectories (N+1, B, 2) of a fine and of a coarse solution from the same noise."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.1), sharey=True)
+    fig, axes = _page(3.1, 2, sharey=True)
     axes[0].plot(*fine[:, :12].unbind(dim=2), color=COLORS["exact"], linewidth=0.7)
     axes[0].plot(*coarse[:, :12].unbind(dim=2), ".-", color=COLORS["model"], markersize=4)
     plot_points(fine[-1], axes[1], color=COLORS["exact"], s=2)
@@ -761,14 +665,14 @@ def step_count(clouds, excess, errors, network):
     values, bars = torch.tensor(list(excess.values())).T
     style = {"markersize": 4, "linewidth": 1}
     left.errorbar(list(excess), values, 2 * bars, fmt="o-", color=COLORS["model"], **style)
-    left.axhline(0, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    left.axhline(0, **_LEVEL, linewidth=0.9)
     left.text(1, 0.001, "a perfect sample", va="bottom")
     left.set(xlabel="$n_t$, steps of Euler's method", ylabel="distance to the data, excess")
     left.set_yscale("symlog", linthresh=0.01)
     left.set_ylim(-0.01, 2)
     for (name, row), color in zip(errors.items(), (COLORS["model"], COLORS["noise"]), strict=True):
         right.plot(list(row), list(row.values()), "o-", color=color, label=name, **style)
-    right.axhline(network, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    right.axhline(network, **_LEVEL, linewidth=0.9)
     right.text(1, 0.9 * network, "network", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
     right.set_yscale("log")
@@ -780,7 +684,7 @@ def step_count(clouds, excess, errors, network):
 
 def field_error(side, maps):
     """Beyond: maps {t: (errors (K, K), log densities, level)} on the grid side x side."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(maps), sharey=True)
     for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
         style = {"norm": "log", "vmin": 0.01, "vmax": 10, "rasterized": True}
         mesh = ax.pcolormesh(side, side, error, **style)
@@ -794,13 +698,13 @@ def field_error(side, maps):
 
 def likelihood(side, densities, log_p, difference):
     """Beyond: densities {name: (K, K)}; the difference of log densities at data points."""
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3), width_ratios=(1, 1, 1.3))
+    fig, axes = _page(2.3, 3, width_ratios=(1, 1, 1.3))
     for ax, (name, density) in zip(axes, densities.items(), strict=False):
         ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
         ax.set(aspect="equal", xlabel="$x_1$", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), title=name)
     axes[0].set_ylabel("$x_2$")
     axes[2].plot(log_p, difference, ".", color=COLORS["model"], markersize=1.5, rasterized=True)
-    axes[2].axhline(0, color=COLORS["exact"], linewidth=0.9)
+    axes[2].axhline(0, **_EXACT)
     axes[2].set_xlabel(r"$\log p_{\mathrm{data}}(x)$")
     axes[2].set_title(r"$\log p^\theta - \log p_{\mathrm{data}}$")
     return fig
@@ -808,7 +712,7 @@ def likelihood(side, densities, log_p, difference):
 
 def straighter(flows, numbers, distances, floor):
     """Beyond: flows {name: xs (N+1, B, 2)}; distances {name: (mean, bar)} over the numbers."""
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.4), width_ratios=(1, 1, 1.3))
+    fig, axes = _page(2.4, 3, width_ratios=(1, 1, 1.3))
     looks = zip(flows.items(), (COLORS["noise"], COLORS["model"]), strict=True)
     for ax, ((name, xs), color) in zip(axes, looks, strict=False):
         ax.plot(*xs.unbind(dim=2), color=color, linewidth=0.4, rasterized=True)
@@ -816,7 +720,7 @@ def straighter(flows, numbers, distances, floor):
         ax.set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
         axes[2].errorbar(numbers, *distances[name], fmt="o-", color=color, markersize=3, capsize=2)
         axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
-    axes[2].axhline(floor, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    axes[2].axhline(floor, **_LEVEL, linewidth=0.9)
     axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
     axes[2].set_ylim(0.5 * floor)
     axes[2].set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="distance to the data")
@@ -825,9 +729,7 @@ def straighter(flows, numbers, distances, floor):
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 04
-# ---------------------------------------------------------------------------------------
 
 
 def image_rows(rows, *, top=(), title="", width=FULL, margin=1.1):
@@ -869,7 +771,7 @@ def _arrow(ax, start, end, **style):
 
 def unet():
     """4(b): the UNet as built, the time in all eleven residual layers, and one such layer."""
-    fig, ax = plt.subplots(figsize=(FULL, 4.1))
+    fig, ax = _page(4.1)
     ax.set(xlim=(0, 6.5), ylim=(0, 4.1))
     ax.axis("off")
     blue, sand, green, grey, time = "#cfe3f3", "#f6dfc3", "#cfeadd", "#f2f2f2", COLORS["noise"]
@@ -916,7 +818,7 @@ def unet():
 
 def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True)
+    fig, (left, right) = _page(2.7, 2, sharey=True)
     plot_loss(losses, left)
     looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
     for (field, images), (mean, error) in curves.items():
@@ -939,7 +841,7 @@ def steps_or_geometry(places, errors, corners):
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    fig, (left, right) = _page(2.6, 2)
     looks = zip((COLORS["model"], COLORS["data"]), "os", (-0.08, 0.08), strict=True)
     for (curve, (mean, bar)), (color, marker, shift) in zip(errors.items(), looks, strict=True):
         spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
@@ -970,7 +872,7 @@ def steps_or_geometry(places, errors, corners):
 
 def training_live(losses, x):
     """Train it yourself: the losses so far, and images (16, 1, H, W) that the network draws."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    fig, (left, right) = _page(2.6, 2)
     plot_loss(losses, left, window=10)
     left.set(yscale="log", xlim=(0, None), title=f"step {len(losses)}")
     plot_images(x, right, columns=4)
@@ -978,19 +880,7 @@ def training_live(losses, x):
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 05
-# ---------------------------------------------------------------------------------------
-
-
-def _page(height, columns=1, rows=1, **options):
-    """A figure as wide as a page, and its axes."""
-    return plt.subplots(rows, columns, figsize=(FULL, height), **options)
-
-
-def _dots(ax, x, y, bar, color, label=None, marker="o"):
-    style = {"fmt": marker, "color": color, "markersize": 4, "label": label}
-    ax.errorbar(x, y, bar, **style)
 
 
 def infinite_loss(means, weighted, delta):
@@ -1002,7 +892,7 @@ def infinite_loss(means, weighted, delta):
         ax.loglog(shown, values[shown - 1], color=_WRONG, label=name)
     ax.loglog(shown, weighted[shown - 1], color=COLORS["model"], label=r"times $\beta_t^2$: 1")
     if delta:
-        ax.axhline(1 / delta - 1, color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.axhline(1 / delta - 1, **_LEVEL, linewidth=0.8)
         ax.text(1.2, 1.3 / delta, r"$1/\delta - 1$, the mean on $t \leq 1 - \delta$")
     ax.set(xlabel="draws", ylabel="mean so far", ylim=(0.1, 1e8), xlim=(1, len(weighted)))
     ax.legend(loc="upper left")
@@ -1020,7 +910,7 @@ def sigma_sweep(names, rows, floor):
         _dots(axes[0], places, [v.mean() for v in sets], bars, color, f"{steps} steps")
         axes[1].plot(places, noise, "o", color=color, markersize=4)
     axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
-    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color="#555555")
+    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color=_NOTE)
     for ax, name in zip(axes, ("squared Fréchet distance", "noise in the corners"), strict=True):
         ax.set_xticks(range(len(names)), names)
         ax.set(xlabel=r"$\sigma_t$", ylabel=name, yscale="log")
@@ -1037,7 +927,7 @@ def last_steps(cases, results, predicted):
         for (count, (values, bars)), color, shift in looks:
             name = f"last {count} steps" if count > 1 else "last step"
             _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
-        ax.axhline(predicted[sigma], color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.axhline(predicted[sigma], **_LEVEL, linewidth=0.8)
         ax.text(-0.4, 0.85 * predicted[sigma], "one kick", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
         ax.set_xticks(range(4), cases)
@@ -1076,7 +966,7 @@ def invariance(names, short):
     ax.set_yscale("symlog", linthresh=5)
     ax.set_yticks([-5, 0, 5, 10, 100], ["−5", "0", "5", "10", "100"])
     ax.set(xlabel=r"$\sigma_t$", ylabel="falls short by\n(standard errors)", ylim=(-8, 900))
-    ax.text(len(names) - 0.9, -4, "grey: as exact draws", color="#555555", ha="right")
+    ax.text(len(names) - 0.9, -4, "grey: as exact draws", color=_NOTE, ha="right")
     ax.legend(loc="upper left", ncols=3)
     return fig
 
