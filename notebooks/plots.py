@@ -402,8 +402,7 @@ def _bare(ax, limit):
 def _pictures(rows, height, color=None):
     """rows {label: pairs (title, image (1, H, W) or cloud (B, 2))}; figure and axes."""
     rows = {label: list(pairs) for label, pairs in rows.items()}
-    shape = len(rows), max(map(len, rows.values()))
-    fig, axes = plt.subplots(*shape, figsize=(FULL, height))
+    fig, axes = _page(height, max(map(len, rows.values())), len(rows))
     for row, (label, pairs) in zip(axes, rows.items(), strict=True):
         for k, (ax, (title, x)) in enumerate(zip(row, pairs, strict=True)):
             if x.ndim == 3:
@@ -427,8 +426,8 @@ def dissolving(times, images, clouds):
 
 def two_schedules(ts, curves, times, strips):
     """2(a): curves {name: (alpha, beta)} on ts, and what they make of an image, (T, 1, H, W)."""
-    shape, ratios = (len(curves), 1 + len(times)), [1.5] + [1] * len(times)
-    fig, axes = plt.subplots(*shape, figsize=(FULL, 2.6), width_ratios=ratios)
+    ratios = [1.5] + [1] * len(times)
+    fig, axes = _page(2.6, len(ratios), len(curves), width_ratios=ratios)
     for j, (name, (alpha, beta)) in enumerate(curves.items()):
         first, *others = axes[j]
         _weights(first, ts, alpha, beta).set(ylabel=name, xticks=(0, 1), yticks=(0, 1))
@@ -457,9 +456,9 @@ def conditional_path(z, eps, t, runs):
         ax.plot(*line.T, color=COLORS["model"])
         marks = (eps, r"$\epsilon$", "noise"), (z, "$z$", "data"), (x, "$x_t$", "model")
         for point, text, kind in marks:
-            color, place = COLORS[kind], point.tolist()
-            ax.plot(*place, "o", color=color, markersize=6)
-            ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
+            style = {"textcoords": "offset points", "color": COLORS[kind]}
+            ax.plot(*point, "o", color=COLORS[kind], markersize=6)
+            ax.annotate(text, point.tolist(), (5, 5), **style)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
     axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color=_NOTE)
@@ -625,7 +624,7 @@ def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
     """Rows {name: (color or colors, clouds)} of clouds (N, 2); titles of the columns, or times."""
     height = 0.35 + len(rows) * (FULL - 0.5) / len(titles)
     grid = {"sharex": True, "sharey": True, "squeeze": False}
-    fig, axes = plt.subplots(len(rows), len(titles), figsize=(FULL, height), **grid)
+    fig, axes = _page(height, len(titles), len(rows), **grid)
     for line, (name, (color, clouds)) in zip(axes, rows.items(), strict=True):
         colors = color if isinstance(color, list) else [color] * len(clouds)
         for ax, cloud, shade in zip(line, clouds, colors, strict=True):
@@ -647,8 +646,7 @@ def solver_paths(fine, coarse, name, limit=3.4):
     plot_points(fine[-1], axes[1], color=COLORS["exact"], s=2)
     plot_points(coarse[-1], axes[1], color=COLORS["model"], s=6)
     for ax, title in zip(axes, ("twelve starts", "where all end"), strict=True):
-        _frame_plane(ax, limit)
-        ax.set_title(title)
+        _frame_plane(ax, limit).set_title(title)
     _corner(axes[0], name, COLORS["model"])
     _corner(axes[0], "black: very many steps", y=0.03)
     return fig
@@ -663,22 +661,20 @@ def step_count(clouds, excess, errors, network):
         ax.set(title=f"$n_t = {n}$", xlabel="", ylabel="", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
     left, right = bottom.subplots(1, 2)
     values, bars = torch.tensor(list(excess.values())).T
-    style = {"markersize": 4, "linewidth": 1}
-    left.errorbar(list(excess), values, 2 * bars, fmt="o-", color=COLORS["model"], **style)
+    _dots(left, list(excess), values, 2 * bars, COLORS["model"], fmt="o-", linewidth=1)
     left.axhline(0, **_LEVEL, linewidth=0.9)
     left.text(1, 0.001, "a perfect sample", va="bottom")
     left.set(xlabel="$n_t$, steps of Euler's method", ylabel="distance to the data, excess")
     left.set_yscale("symlog", linthresh=0.01)
-    left.set_ylim(-0.01, 2)
-    for (name, row), color in zip(errors.items(), (COLORS["model"], COLORS["noise"]), strict=True):
-        right.plot(list(row), list(row.values()), "o-", color=color, label=name, **style)
+    left.set(xscale="log", ylim=(-0.01, 2))
+    style = {"markersize": 4, "linewidth": 1}
+    for (name, row), kind in zip(errors.items(), ("model", "noise"), strict=True):
+        right.plot(row.keys(), row.values(), "o-", color=COLORS[kind], label=name, **style)
     right.axhline(network, **_LEVEL, linewidth=0.9)
     right.text(1, 0.9 * network, "network", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
-    right.set_yscale("log")
+    right.set(xscale="log", yscale="log")
     right.legend(loc="lower left")
-    for ax in (left, right):
-        ax.set_xscale("log")
     return fig
 
 
@@ -718,7 +714,7 @@ def straighter(flows, numbers, distances, floor):
         ax.plot(*xs.unbind(dim=2), color=color, linewidth=0.4, rasterized=True)
         plot_points(xs[-1], ax, limit=3, color=COLORS["exact"], s=2)
         ax.set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
-        axes[2].errorbar(numbers, *distances[name], fmt="o-", color=color, markersize=3, capsize=2)
+        _dots(axes[2], numbers, *distances[name], color, fmt="o-", markersize=3, capsize=2)
         axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
     axes[2].axhline(floor, **_LEVEL, linewidth=0.9)
     axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
@@ -902,12 +898,11 @@ def infinite_loss(means, weighted, delta):
 def sigma_sweep(names, rows, floor):
     """5(b): {steps: ([squared Frechet distances of the sets], [noise])} over the sigma_t."""
     fig, axes = _page(2.8, 2)
-    for steps, color, shift in zip(
-        rows, (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True
-    ):
-        places, (sets, noise) = torch.arange(len(names)) + shift, rows[steps]
+    looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True)
+    for (steps, (sets, noise)), color, shift in looks:
+        places, means = torch.arange(len(names)) + shift, [v.mean() for v in sets]
         bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in sets]
-        _dots(axes[0], places, [v.mean() for v in sets], bars, color, f"{steps} steps")
+        _dots(axes[0], places, means, bars, color, label=f"{steps} steps")
         axes[1].plot(places, noise, "o", color=color, markersize=4)
     axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
     axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color=_NOTE)
@@ -926,7 +921,7 @@ def last_steps(cases, results, predicted):
         looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (0.12, -0.12), strict=True)
         for (count, (values, bars)), color, shift in looks:
             name = f"last {count} steps" if count > 1 else "last step"
-            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
+            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, label=name)
         ax.axhline(predicted[sigma], **_LEVEL, linewidth=0.8)
         ax.text(-0.4, 0.85 * predicted[sigma], "one kick", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
