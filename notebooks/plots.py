@@ -7,18 +7,13 @@ FULL or HALF is a printed page's or column's, saved at its natural size by show.
 import math
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
 import helpers
-from show import play as play
-from show import save_animation as save_animation
-from show import save_figure as save_figure
-from show import save_table as save_table
-from show import watch as watch
+from show import play, save_animation, save_figure, save_table, watch  # noqa: F401  (passed on)
 
 plt.rcdefaults()  # whatever the user's own settings are
 plt.style.use(helpers.ROOT / "notebooks" / "plots.mplstyle")
@@ -200,10 +195,9 @@ def brownian_refined(ts, x):
     left.set(xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps")
     left.set(xlim=(0, 1), ylim=(-1.2, 1.2))
     length, squares = x.diff().abs().cumsum(0), x.diff().square().cumsum(0)
-    for sums, name, kind, y in (
-        (length, "length of the path", "noise", length[-1] * 1.3),
-        (squares, "sum of squared steps", "data", 0.03),
-    ):
+    curves = [(length, "length of the path", "noise", length[-1] * 1.3)]
+    curves += [(squares, "sum of squared steps", "data", 0.03)]
+    for sums, name, kind, y in curves:
         right.semilogy(ts[1:], sums, color=COLORS[kind])
         right.text(0.98, y, name, color=COLORS[kind], ha="right", va="bottom")
     right.semilogy((0, 1), (1, 1), **_LEVEL, linewidth=0.8)
@@ -368,8 +362,8 @@ def broken_programs(first, second):
     fig, axes = _page(2.3, 3)
     for ax, (n, (grid, xs)) in zip(axes[:2], first.items(), strict=True):
         ax.plot(grid, xs, color=_WRONG, linewidth=0.7)
-        for sign in (-2, 2):
-            ax.plot(grid, sign * grid.sqrt(), color=COLORS["exact"], linewidth=1)
+        edges = grid.sqrt()[:, None] * torch.tensor([-2, 2])
+        ax.plot(grid, edges, color=COLORS["exact"], linewidth=1)
         ax.set(title=f"program A, {n} steps", xlabel="$t$", xlim=(0, 1), ylim=(-70, 70))
     grid, xs, std = second
     axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
@@ -388,8 +382,8 @@ _LOOKS = (("#000000", "-"), ("#AA4499", "--"), ("#CC9900", "-."), ("#33AADD", ":
 
 def _blend(t):
     """From the noise's colour, t = 0, to the data's, t = 1."""
-    noise, data = (np.array(to_rgb(COLORS[kind])) for kind in ("noise", "data"))
-    return tuple((1 - t) * noise + t * data)
+    ends = zip(to_rgb(COLORS["noise"]), to_rgb(COLORS["data"]), strict=True)
+    return tuple((1 - t) * noise + t * data for noise, data in ends)
 
 
 def _bare(ax, limit):
@@ -456,9 +450,9 @@ def conditional_path(z, eps, t, runs):
         ax.plot(*line.T, color=COLORS["model"])
         marks = (eps, r"$\epsilon$", "noise"), (z, "$z$", "data"), (x, "$x_t$", "model")
         for point, text, kind in marks:
-            style = {"textcoords": "offset points", "color": COLORS[kind]}
-            ax.plot(*point, "o", color=COLORS[kind], markersize=6)
-            ax.annotate(text, point.tolist(), (5, 5), **style)
+            color, place = COLORS[kind], point.tolist()
+            ax.plot(*place, "o", color=color, markersize=6)
+            ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
     axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color=_NOTE)
@@ -549,8 +543,7 @@ def flow_trajectories(ts, xs, t, limit=3.6):
     pieces = torch.stack([x[:-1], x[1:]], dim=2).flatten(0, 1)
     style = {"cmap": "plasma", "clim": (0, 1), "linewidths": 0.5, "rasterized": True}
     shades = when[1:].repeat_interleave(xs.shape[1]).numpy()
-    lines = LineCollection(list(pieces), array=shades, **style)
-    ax.add_collection(lines)
+    lines = ax.add_collection(LineCollection(list(pieces), array=shades, **style))
     plot_points(xs[0], ax, color=COLORS["noise"], s=4, zorder=3)
     plot_points(x[-1], ax, limit=limit, color=COLORS["model"], s=4, zorder=4)
     _corner(ax, "noise", COLORS["noise"])
@@ -559,18 +552,23 @@ def flow_trajectories(ts, xs, t, limit=3.6):
     return fig
 
 
-def training_steps(losses, step, x, mixture, limit=3.4):
-    """3(c): the losses up to a step, and points x (N, 2) that the network then generates."""
+def training_steps(losses, step, x, mixture, limit=3.4, floor=None):
+    """3(c): the losses up to a step, and points x (N, 2) that the network then generates.
+
+    floor: the least mean loss that any field has, drawn dashed with its name.
+    """
     fig, (ax, plane) = _page(2.6, 2, width_ratios=(1.6, 1))
     ax.loglog(1 + torch.arange(len(losses)), losses, color=_GREY, alpha=0.4, linewidth=0.6)
     ax.loglog(1 + torch.arange(step), losses[:step], color=COLORS["model"], linewidth=0.8)
     ax.plot(max(step, 1), losses[max(step - 1, 0)], "o", color=COLORS["model"])
+    if floor is not None:
+        ax.axhline(floor, **_LEVEL, linewidth=0.9)
+        ax.text(1, 0.985 * floor, f"floor of the loss, exact: {floor:.2f}", va="top")
     ax.set(xlabel="step of training", ylabel="loss of one batch", xlim=(0.9, 1.3 * len(losses)))
     ax.set_yticks((2, 3, 4), ("2", "3", "4"))
     ax.minorticks_off()
     plot_density(mixture, plane, limit=limit, levels=3, colors=COLORS["data"])
-    plot_points(x, plane, limit=limit, color=COLORS["model"])
-    plane.set_title(f"samples at step {step}")
+    plot_points(x, plane, limit=limit, color=COLORS["model"]).set_title(f"samples at step {step}")
     _corner(plane, "data", COLORS["data"])
     return fig
 
@@ -609,6 +607,7 @@ def loss_and_floor(steps, excess, times, loss, floor, ends):
     """3(c): excess over the floor by step; by time the loss of the network and the floor."""
     fig, (left, right) = _page(2.6, 2)
     left.loglog(steps, excess, "o-", color=COLORS["model"], markersize=4)
+    left.text(0.8 * steps[-1], excess[-1], f"{excess[-1]:.1g}", ha="right", va="center")
     left.set(xlabel="step of training", ylabel="loss $-$ floor", title="what is above the floor")
     right.plot(times, floor, color=COLORS["exact"], label="floor, exact")
     right.plot(times, loss, "o", color=COLORS["model"], markersize=4, label="trained network")
@@ -623,8 +622,7 @@ def loss_and_floor(steps, excess, times, loss, floor, ends):
 def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
     """Rows {name: (color or colors, clouds)} of clouds (N, 2); titles of the columns, or times."""
     height = 0.35 + len(rows) * (FULL - 0.5) / len(titles)
-    grid = {"sharex": True, "sharey": True, "squeeze": False}
-    fig, axes = _page(height, len(titles), len(rows), **grid)
+    fig, axes = _page(height, len(titles), len(rows), sharex=True, sharey=True, squeeze=False)
     for line, (name, (color, clouds)) in zip(axes, rows.items(), strict=True):
         colors = color if isinstance(color, list) else [color] * len(clouds)
         for ax, cloud, shade in zip(line, clouds, colors, strict=True):
@@ -643,11 +641,13 @@ def solver_paths(fine, coarse, name, limit=3.4):
     fig, axes = _page(3.1, 2, sharey=True)
     axes[0].plot(*fine[:, :12].unbind(dim=2), color=COLORS["exact"], linewidth=0.7)
     axes[0].plot(*coarse[:, :12].unbind(dim=2), ".-", color=COLORS["model"], markersize=4)
+    axes[0].plot(*coarse[0, :12].T, "o", color=COLORS["noise"], ms=4, mfc="white", zorder=3)
     plot_points(fine[-1], axes[1], color=COLORS["exact"], s=2)
     plot_points(coarse[-1], axes[1], color=COLORS["model"], s=6)
     for ax, title in zip(axes, ("twelve starts", "where all end"), strict=True):
         _frame_plane(ax, limit).set_title(title)
     _corner(axes[0], name, COLORS["model"])
+    _corner(axes[0], "circles: starts", COLORS["noise"], x=0.97)
     _corner(axes[0], "black: very many steps", y=0.03)
     return fig
 
@@ -682,8 +682,7 @@ def field_error(side, maps):
     """Beyond: maps {t: (errors (K, K), log densities, level)} on the grid side x side."""
     fig, axes = _page(2.3, len(maps), sharey=True)
     for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
-        style = {"norm": "log", "vmin": 0.01, "vmax": 10, "rasterized": True}
-        mesh = ax.pcolormesh(side, side, error, **style)
+        mesh = ax.pcolormesh(side, side, error, norm="log", vmin=0.01, vmax=10, rasterized=True)
         ax.contour(side, side, log_density, levels=[level], colors="white", linestyles="solid")
         ax.set(title=f"$t = {t:.2f}$", aspect="equal", xlabel="$x_1$", xticks=(-3, 0, 3))
     _corner(axes[0], "inside: 99 %", "white")
@@ -836,33 +835,28 @@ def steps_or_geometry(places, errors, corners):
     """4(d): {curve: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
+    Images are in [-1, 1], what is drawn is in grey levels.
     """
     fig, (left, right) = _page(2.6, 2)
-    looks = zip((COLORS["model"], COLORS["data"]), "os", (-0.08, 0.08), strict=True)
-    for (curve, (mean, bar)), (color, marker, shift) in zip(errors.items(), looks, strict=True):
-        spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
-        at = torch.arange(len(places)) + shift
-        left.errorbar(at, mean, spread, fmt=marker, color=color, capsize=2, ms=4, label=curve)
-    for (solver, noise), look in zip(corners.items(), ("o", "^"), strict=True):
-        right.plot(
-            range(len(places)),
-            noise,
-            look,
-            color=COLORS["model" if look == "o" else "noise"],
-            label=solver,
-        )
-    right.axhline(2 / 255, color=_GREY, ls=":")
-    right.text(len(places) - 0.6, 2 / 255, "one grey level", ha="right", va="bottom", color="0.4")
-    for ax, text in ((left, "error of the solver"), (right, "noise left in the corners")):
-        ax.set(yscale="log", title=text, xlabel="place of the steps")
-        ax.set_xlim(-0.5, len(places) - 0.5)
+    looks = zip(errors.items(), ("model", "data"), "os", (-0.08, 0.08), strict=True)
+    for (curve, (mean, bar)), kind, marker, shift in looks:
+        mean, at = 127.5 * mean, torch.arange(len(places)) + shift
+        spread = mean * torch.stack([1 - (-2 * bar).exp(), (2 * bar).exp() - 1])
+        _dots(left, at, mean, spread, COLORS[kind], fmt=marker, capsize=2, label=curve)
+    for (solver, noise), kind, look in zip(corners.items(), ("model", "noise"), "o^", strict=True):
+        right.plot(127.5 * torch.tensor(noise), look, color=COLORS[kind], label=solver)
+    right.axhline(1, color=_GREY, ls=":")
+    right.text(len(places) - 0.6, 1, "one grey level", ha="right", va="bottom", color="0.4")
+    left.set(title="error of the images, by place and curve", ylabel="r.m.s. error (grey levels)")
+    right.set(title="noise left in black corners, by solver", ylabel="noise (grey levels)")
+    for ax in (left, right):
+        ax.set(yscale="log", xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5))
         ax.set_xticks(range(len(places)), places)
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2)
         low, high = ax.get_ylim()
-        marks = [m for m in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if m > low]
-        ax.set_yticks(marks, [f"{m:g}" for m in marks])
+        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < mark < high]
+        ax.set(yticks=marks, yticklabels=marks, ylim=(low, high * 2))
         ax.minorticks_off()
-        ax.set_ylim(low, high * 2)
     return fig
 
 
@@ -871,8 +865,7 @@ def training_live(losses, x):
     fig, (left, right) = _page(2.6, 2)
     plot_loss(losses, left, window=10)
     left.set(yscale="log", xlim=(0, None), title=f"step {len(losses)}")
-    plot_images(x, right, columns=4)
-    right.set_title("generated")
+    plot_images(x, right, columns=4).set_title("generated")
     return fig
 
 
