@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import helpers
-from plots import to_latex
+from show import to_latex
 
 
 @dataclass(frozen=True)

@@ -1,370 +1,35 @@
-"""The looks of the notebooks: style, drawing functions, saved figures and tables, sliders.
+"""The looks of the notebooks: style, widths, colours, one function a figure.
 
 Tensors in, a Figure or its axes out; nothing here simulates, seeds or trains. A figure of width
-FULL or HALF is a printed page's or column's, saved at its natural size.
+FULL or HALF is a printed page's or column's, saved at its natural size by show.py.
 """
 
-import base64
-import csv
-import html
-import inspect
-import io
-import json
 import math
-import os
-import re
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.colors import to_hex, to_rgb
-from matplotlib.quiver import Quiver
-from matplotlib.ticker import LogFormatter, ScalarFormatter
-from PIL import Image, PngImagePlugin
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 
 import helpers
+from show import play, save_animation, save_figure, save_table, watch  # noqa: F401  (passed on)
 
 plt.rcdefaults()  # whatever the user's own settings are
 plt.style.use(helpers.ROOT / "notebooks" / "plots.mplstyle")
 
 FULL, HALF = 6.5, 3.2  # inches: a printed page's text, and a column
-DPI = 200
 
 # One colour each through all notebooks; distinguishable in the common colour blindnesses.
 COLORS = {"noise": "#0072B2", "data": "#D55E00", "model": "#009E73", "exact": "#000000"}
+_GREY, _NOTE = "#888888", "#555555"  # bands and levels; words about them
+_WRONG = "#CC3377"  # what a wrong program or a misprint gives
+_BAND = {"color": _GREY, "alpha": 0.2, "linewidth": 0}
+_EXACT = {"color": COLORS["exact"], "linewidth": 0.9}
+_LEVEL = {"color": COLORS["exact"], "linestyle": "--"}
 
 
-# ---------------------------------------------------------------------------------------
-# Figures, tables, animations: saved and shown
-# ---------------------------------------------------------------------------------------
-
-
-def save_figure(fig, name, caption):
-    """Write <name>.png and .pdf to the folder of figures and show exactly those PNG bytes.
-
-    Below it stands the caption, whose mathematics is between dollar signs. Where the committed
-    figure of that name shows something else, a line says what. Closes fig. Raises ValueError
-    if the folder is not writable.
-    """
-    png, difference = _save(fig, name)
-    _show(png, caption, difference)
-
-
-def save_animation(frames, name, *, milliseconds):
-    """Write <name>.gif to the folder of figures, repeating for ever; nothing is displayed.
-
-    frames: grey images (H, W), or (H, W, 3), in [0, 1], or figures; each is shown for
-    `milliseconds`.
-    """
-    images = []
-    for frame in frames:
-        if torch.is_tensor(frame):
-            images.append(Image.fromarray((255 * frame).round().byte().cpu().numpy()))
-        else:
-            drawn = Image.open(io.BytesIO(_png(frame, 100))).convert("RGB")
-            images.append(drawn.quantize(64, dither=Image.Dither.NONE))
-    gif = io.BytesIO()
-    options = {"duration": milliseconds, "loop": 0, "optimize": True}
-    images[0].save(gif, format="GIF", save_all=True, append_images=images[1:], **options)
-    _write_figures({f"{name}.gif": gif.getvalue()})
-
-
-def save_table(rows, name, caption):
-    """Print a table, and write it as <name>.tex (booktabs) and <name>.csv beside the figures.
-
-    rows: dicts of one set of keys, the titles of the columns; cells are text or numbers, and
-    mathematics is between dollar signs.
-    """
-    named = rows and all(isinstance(row, dict) for row in rows)
-    if not named or any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError("rows must be dicts, at least one, all with the same keys")
-    lines = [list(rows[0])] + [[str(cell) for cell in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
-    head, *body = [" & ".join(to_latex(cell) for cell in line) for line in lines]
-    tex = ["% " + caption, rf"\begin{{tabular}}{{{'r' * len(widths)}}}", r"\toprule"]
-    tex += [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body), r"\bottomrule"]
-    text = "\n".join([*tex, r"\end{tabular}", ""])
-    sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows(lines)
-    _write_figures({f"{name}.tex": text.encode(), f"{name}.csv": sheet.getvalue().encode()})
-
-
-def to_latex(text):
-    """Text for LaTeX: what is special there escaped, but the mathematics between dollar signs."""
-    parts = text.split("$")
-    for i in range(0, len(parts), 2):
-        part = re.sub(r"([%&#_])", r"\\\1", parts[i].replace("\\", r"\textbackslash "))
-        part = part.replace("\N{MINUS SIGN}", "$-$")
-        parts[i] = re.sub(r"`([^`]*)`", r"\\texttt{\1}", part)
-    return "$".join(parts)
-
-
-def _save(fig, name):
-    """Write a figure, close it; its PNG bytes, and how it differs from the committed one."""
-    drawn, png, pdf, svg = (io.BytesIO() for _ in range(4))
-    no_dates = {"CreationDate": None, "Creator": None, "Producer": None}
-    fig.savefig(drawn, format="png", dpi=DPI)
-    fig.savefig(pdf, format="pdf", dpi=DPI, metadata=no_dates)
-    if os.environ.get("FLOW_SVG"):  # run.py --figures
-        fig.savefig(svg, format="svg", metadata={"Date": None})
-    contents = describe(fig)
-    plt.close(fig)
-    # 256 colours: no visible difference, and less than half the size
-    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("drawn", json.dumps(contents), zip=True)
-    palette.save(png, format="PNG", optimize=True, pnginfo=chunk, dpi=(DPI, DPI))
-    difference = _difference(name, contents)
-    files = {f"{name}.png": png, f"{name}.pdf": pdf, f"{name}.svg": svg}
-    _write_figures({file: made.getvalue() for file, made in files.items() if made.tell()})
-    return png.getvalue(), difference
-
-
-def _plain(caption):
-    """A caption without its dollar signs, for whoever hears it read."""
-    return re.sub(r"\$([^$]*)\$", r"\1", caption)
-
-
-def _show(png, caption, difference, extra=()):
-    """Display a picture, with its width on the page and its text, and the caption below it."""
-    from IPython.display import Markdown, display
-
-    image = Image.open(io.BytesIO(png))
-    meta = {"alt": _plain(caption), "width": round(image.width * 96 / DPI)}
-    data = {"image/png": base64.b64encode(png).decode(), "text/plain": caption, **dict(extra)}
-    display(data, metadata={"image/png": meta}, raw=True)
-    display(Markdown(f"*{caption}*" + (f"\n\n{difference}" if difference else "")))
-
-
-def _write_figures(files):
-    """Write {name: bytes} to the folder of figures; ValueError if it is not writable."""
-    folder = helpers.output_folder("figures")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            helpers.write_atomically(folder / name, content)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write figures to {folder} ({error}); make it writable or set FLOW_OUTPUT"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------
-# What is drawn, for comparison: pixels cannot tell a rounding from a changed label
-# ---------------------------------------------------------------------------------------
-
-
-def describe(fig):
-    """What a figure shows, as plain values: texts, and of each axes its limits and artists.
-
-    An artist is its kind, its colours and style, and five quantiles of its data in each
-    coordinate, in units of the axis.
-    """
-    whole = [*fig.texts, *(text for legend in fig.legends for text in legend.texts)]
-    texts = [text.get_text() for text in whole] + [t for ax in fig.axes for t in _texts(ax)]
-    return {"texts": sorted(texts), "axes": [_describe_axes(ax) for ax in fig.axes]}
-
-
-def _texts(ax):
-    legend = ax.get_legend()
-    objects = [*ax.texts, *(legend.texts if legend else [])]
-    for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
-        objects.append(axis.label)
-        if not isinstance(axis.get_major_formatter(), ScalarFormatter | LogFormatter):
-            objects += axis.get_ticklabels()  # words; numbers follow from the limits
-    found = [text.get_text() for text in objects if text.get_visible()]
-    return [t for t in [*found, *map(ax.get_title, ("left", "center", "right"))] if t]
-
-
-def _describe_axes(ax):
-    limits = [*ax.get_xlim(), *ax.get_ylim()]
-    artists = []
-    for line in ax.lines:
-        places = _quantiles(ax, line.get_xydata(), line.get_transform())
-        artists.append(["line", [to_hex(line.get_color()), line.get_linestyle()], places])
-    artists += [_describe_collection(ax, collection) for collection in ax.collections]
-    for patch in ax.patches:
-        places = _quantiles(ax, patch.get_path().vertices, patch.get_transform())
-        artists.append(["patch", [to_hex(patch.get_facecolor())], places])
-    for image in ax.images:
-        values = np.asarray(image.get_array(), dtype=float)
-        artists.append(["image", [image.get_cmap().name], [_levels(values, *image.get_clim())]])
-    return {"limits": [float(f"{v:.6g}") for v in limits], "artists": artists}
-
-
-def _describe_collection(ax, collection):
-    """Points and arrows where they are, bands, contours and other paths by their vertices."""
-    colors = sorted({to_hex(c) for c in [*collection.get_facecolor(), *collection.get_edgecolor()]})
-    if isinstance(collection, PathCollection | Quiver):
-        places = _quantiles(ax, collection.get_offsets(), collection.get_offset_transform())
-    else:
-        vertices = [path.vertices for path in collection.get_paths() if len(path.vertices)]
-        vertices = np.concatenate(vertices) if vertices else []
-        places = _quantiles(ax, vertices, collection.get_transform())
-    if isinstance(collection, Quiver):
-        arrows = np.stack([collection.U, collection.V])
-        places += [_levels(row, -np.abs(arrows).max(), np.abs(arrows).max()) for row in arrows]
-    values = collection.get_array()
-    if values is not None and np.size(values):
-        places.append(_levels(np.asarray(values, dtype=float), *collection.get_clim()))
-        name = collection.get_cmap().name
-        colors = [name] if name in mpl.colormaps else colors
-    kind = type(collection).__name__.removeprefix("FillBetween")  # as older versions name it
-    return [kind, colors[:8], places]
-
-
-def _quantiles(ax, points, transform):
-    """Five quantiles of the x and of the y of points (N, 2), in units of the axes."""
-    points = np.asarray(points, dtype=float).reshape(-1, 2)
-    with np.errstate(all="ignore"):  # a logarithmic axis has no place for 0
-        places = ax.transAxes.inverted().transform(transform.transform(points))
-    return [_levels(column[np.isfinite(column)], 0, 1) for column in places.T]
-
-
-def _levels(values, low, high):
-    values = values[np.isfinite(values)]
-    if not values.size or low is None or high == low:
-        return []
-    return [round(float(q - low) / (high - low), 4) for q in np.quantile(values, np.arange(5) / 4)]
-
-
-def _difference(name, contents):
-    """How contents differ from those of the committed figure, in a line; "" if not."""
-    committed = helpers.ROOT / "figures" / f"{name}.png"
-    if committed.parent == helpers.output_folder("figures") or not committed.exists():
-        return ""
-    with Image.open(committed) as image:
-        old = image.info.get("drawn")
-    found = old and _first_difference(json.loads(old), json.loads(json.dumps(contents)), "")
-    return f"Not as in figures/{name}.png: {found}." if found else ""
-
-
-def _first_difference(old, new, where):
-    """The place of the first difference of two nested values, numbers by more than 1/200."""
-    if isinstance(old, dict) and old.keys() == getattr(new, "keys", list)():
-        return next(filter(None, (_first_difference(old[k], new[k], k) for k in old)), "")
-    if where == "limits":  # in units of the axes
-        units = [abs(old[1] - old[0])] * 2 + [abs(old[3] - old[2])] * 2
-        old, new = ([v / unit for v, unit in zip(vs, units, strict=True)] for vs in (old, new))
-    if isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return f"{where}: {len(new)} for {len(old)}"
-        inside = "limit" if where == "limits" else where
-        pairs = zip(old, new, strict=True)
-        return next(filter(None, (_first_difference(a, b, inside) for a, b in pairs)), "")
-    if isinstance(old, int | float) and isinstance(new, int | float):
-        return f"{where}: {new:g} for {old:g}" if abs(old - new) > 1 / 200 else ""
-    return "" if old == new else f"{where}: {new!r} for {old!r}"
-
-
-# ---------------------------------------------------------------------------------------
-# Play: a figure with sliders, where someone can move them
-# ---------------------------------------------------------------------------------------
-
-
-def _live():
-    """Whether a reader sits before a front end: only there a cell may ask for input."""
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    parent = getattr(shell, "get_parent", dict)() if shell else {}
-    return bool(parent.get("content", {}).get("allow_stdin"))
-
-
-def play(draw, name, caption, **controls):
-    """Save and show draw(**start values) as save_figure does; with sliders for a live reader.
-
-    draw(**values) -> Figure. controls: name=(start, low, high, step), or name=[first, second,
-    ...] for a choice that starts with the first. Raises ValueError for another control.
-    """
-    for key, control in controls.items():
-        choice = isinstance(control, list) and control
-        numbers = isinstance(control, tuple) and len(control) == 4
-        numbers = numbers and all(isinstance(v, int | float) for v in control) and control[3] > 0
-        if not choice and not (numbers and control[1] <= control[0] <= control[2]):
-            raise ValueError(
-                f"{key} must be (start, low, high, step) with low <= start <= high, or a list of "
-                f"choices, got {control!r}"
-            )
-    unknown = controls.keys() - inspect.signature(draw).parameters.keys()
-    if unknown:
-        raise ValueError(f"draw has no parameter {', '.join(sorted(unknown))}")
-    png, difference = _save(draw(**{key: control[0] for key, control in controls.items()}), name)
-    _show(png, caption, difference, _sliders(draw, caption, png, controls) if _live() else {})
-
-
-def _png(fig, dpi):
-    """The PNG bytes of a figure that is shown and not saved; closes it, whatever happens."""
-    drawn = io.BytesIO()
-    try:
-        fig.savefig(drawn, format="png", dpi=dpi)
-    finally:
-        plt.close(fig)
-    return drawn.getvalue()
-
-
-def _sliders(draw, caption, png, controls):
-    """The widget of a play: sliders over a picture that they redraw; {} without ipywidgets."""
-    try:
-        import ipywidgets as widgets
-    except ImportError:
-        return {}
-
-    def embedded(png):
-        encoded = base64.b64encode(png).decode()
-        width = round(Image.open(io.BytesIO(png)).width * 96 / DPI)
-        source = f"data:image/png;base64,{encoded}"
-        return f'<img alt="{html.escape(_plain(caption))}" width="{width}" src="{source}">'
-
-    def redraw(change):
-        try:
-            fig = draw(**{key: box.value for key, box in boxes.items()})
-            picture.value = embedded(_png(fig, DPI))
-        except Exception as error:  # a callback's error would be silent
-            picture.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
-
-    boxes, picture = {}, widgets.HTML(embedded(png))
-    for key, control in controls.items():
-        if isinstance(control, list):
-            boxes[key] = widgets.Dropdown(options=control, description=key)
-        else:
-            start, low, high, step = control
-            whole = all(isinstance(v, int) for v in control)
-            kind = widgets.IntSlider if whole else widgets.FloatSlider
-            boxes[key] = kind(start, min=low, max=high, step=step, description=key)
-        boxes[key].observe(redraw, "value")
-    view = widgets.VBox([*boxes.values(), picture])
-    reference = {"version_major": 2, "version_minor": 0, "model_id": view.model_id}
-    return {"application/vnd.jupyter.widget-view+json": reference}
-
-
-def watch(draw, every):
-    """An on_step for helpers.train: shows draw(step, losses, model) every so many steps.
-
-    For a live reader only, in one place that is redrawn; elsewhere it does nothing.
-    """
-    from IPython.display import display
-
-    if not _live():
-        return lambda step, losses, model: None
-    handle = display({"text/plain": "training"}, raw=True, display_id=True)
-
-    def on_step(step, losses, model):
-        if step % every == 0:
-            png = base64.b64encode(_png(draw(step, losses, model), 100)).decode()
-            handle.update({"image/png": png, "text/plain": f"step {step}"}, raw=True)
-
-    return on_step
-
-
-# ---------------------------------------------------------------------------------------
 # Building blocks: draw on ax and return it
-# ---------------------------------------------------------------------------------------
 
 
 def plot_points(x, ax, *, limit=None, **style):
@@ -379,16 +44,9 @@ def plot_histogram(x, ax, *, limit, bins=40, vmax=None):
 
     Returns ax; the mesh, for a colour bar, is ax.collections[-1].
     """
-    ax.hist2d(
-        *x.detach().cpu().T.numpy(),
-        bins=bins,
-        range=[(-limit, limit)] * 2,
-        density=True,
-        cmap="magma",
-        vmin=0,
-        vmax=vmax,
-        rasterized=True,
-    )
+    points, square = x.detach().cpu().T.numpy(), [(-limit, limit)] * 2
+    style = {"density": True, "cmap": "magma", "vmin": 0, "vmax": vmax, "rasterized": True}
+    ax.hist2d(*points, bins=bins, range=square, **style)
     return _frame_plane(ax, limit)
 
 
@@ -414,7 +72,7 @@ def plot_loss(losses, ax, *, window=100, floor=None, label=None, **style):
     style = {"color": COLORS["model"]} | style
     ax.plot(torch.arange(len(mean)) + len(losses) - len(mean), mean, label=label, **style)
     if floor is not None:
-        ax.axhline(floor, color=COLORS["exact"], linestyle="--", label=f"floor {floor:.3f}")
+        ax.axhline(floor, **_LEVEL, label=f"floor {floor:.3f}")
     ax.set(xlabel="step", ylabel=f"loss, mean of {window} steps")
     return ax
 
@@ -446,12 +104,23 @@ def _frame_plane(ax, limit):
     return ax
 
 
-# ---------------------------------------------------------------------------------------
-# Notebook 01
-# ---------------------------------------------------------------------------------------
+def _page(height, columns=1, rows=1, **options):
+    """A figure as wide as a page, and its axes."""
+    return plt.subplots(rows, columns, figsize=(FULL, height), **options)
 
-_GREY = "#888888"
-_WRONG = "#CC3377"  # what a wrong program or a misprint gives
+
+def _corner(ax, text, color="black", x=0.03, y=0.97):
+    """Text in a corner of ax: the left one for x < 1/2, the upper one for y > 1/2."""
+    sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
+    ax.text(x, y, text, transform=ax.transAxes, color=color, **sides)
+
+
+def _dots(ax, x, y, bar, color, **style):
+    """Points with error bars; "o-" as fmt joins them."""
+    ax.errorbar(x, y, bar, **{"fmt": "o", "color": color, "markersize": 4} | style)
+
+
+# Notebook 01
 
 
 def _normal(x, variance):
@@ -462,66 +131,43 @@ def _normal(x, variance):
 def ou_shared_noise(ts, xs, theta, sigma):
     """1(d): paths xs (N+1, B) driven by one noise, over the band of +-2 stationary std."""
     std = sigma / math.sqrt(2 * theta)
-    fig, ax = plt.subplots(figsize=(FULL, 2.5))
-    ax.axhspan(-2 * std, 2 * std, color=_GREY, alpha=0.2, linewidth=0)
+    fig, ax = _page(2.5)
+    ax.axhspan(-2 * std, 2 * std, **_BAND)
     ax.plot(ts, xs, color=COLORS["model"], linewidth=0.9)
     ax.plot(torch.zeros(xs.shape[1]), xs[0], "o", color=COLORS["model"], markersize=4)
     ax.text(0.7, 4.6, f"{xs.shape[1]} starting points, the same shakes", color=COLORS["model"])
-    ax.text(
-        ts[-1] - 0.1,
-        2 * std + 0.2,
-        "one path: the start is forgotten",
-        ha="right",
-        color=COLORS["model"],
-    )
-    ax.text(
-        ts[-1] - 0.1,
-        -2 * std - 0.2,
-        r"grey: $\pm2$ standard deviations, in the long run",
-        ha="right",
-        va="top",
-        color="#555555",
-    )
+    end, text = ts[-1] - 0.1, "one path: the start is forgotten"
+    ax.text(end, 2 * std + 0.2, text, color=COLORS["model"], ha="right")
+    text = r"grey: $\pm2$ standard deviations, in the long run"
+    ax.text(end, -2 * std - 0.2, text, color=_NOTE, ha="right", va="top")
     ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.1, float(ts[-1])), ylim=(-6.6, 6.6))
     return fig
 
 
 def langevin_factor(ts, right, printed, exact):
     """1(a): paths (N+1, B) under the right and the printed drift; exact: the latter's variance."""
-    fig, (left, ax) = plt.subplots(1, 2, figsize=(FULL, 2.5))
+    fig, (left, ax) = _page(2.5, 2)
     names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
     x = torch.linspace(-7, 7, 300)
     looks = (right, COLORS["model"]), (printed, _WRONG)
     for (xs, color), name, curve in zip(looks, names, (exact[0] + 0 * exact, exact), strict=True):
-        left.plot(ts, curve, color=COLORS["exact"], linewidth=0.9)
+        left.plot(ts, curve, **_EXACT)
         left.plot(ts[::25], xs[::25].var(dim=1), "o", color=color, markersize=3.5, label=name)
         ax.hist(xs[-1], bins=50, range=(-7, 7), density=True, histtype="step", color=color)
-        ax.plot(x, _normal(x, curve[-1]), color=COLORS["exact"], linewidth=0.9)
-    left.plot([], [], color=COLORS["exact"], linewidth=0.9, label="exact")
+        ax.plot(x, _normal(x, curve[-1]), **_EXACT)
+    left.plot([], [], **_EXACT, label="exact")
     left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * float(exact[0])))
     left.legend(loc="upper left")
-    ax.text(
-        0.97,
-        0.9,
-        "right factor:\nkeeps $p$",
-        transform=ax.transAxes,
-        ha="right",
-        va="top",
-        color=COLORS["model"],
-    )
-    ax.text(0.03, 0.9, "as printed", transform=ax.transAxes, va="top", color=_WRONG)
-    ax.set(
-        xlabel="$x$",
-        ylabel="density at the end",
-        xlim=(-7, 7),
-        ylim=(0, 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))),
-    )
+    _corner(ax, "right factor:\nkeeps $p$", COLORS["model"], x=0.97, y=0.9)
+    _corner(ax, "as printed", _WRONG, y=0.9)
+    top = 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))
+    ax.set(xlabel="$x$", ylabel="density at the end", xlim=(-7, 7), ylim=(0, top))
     return fig
 
 
 def solver_steps(fine_ts, fine, ts, xs):
     """1(b): a coarse path xs (n+1,) over a fine one, on the same Brownian motion."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.2))
+    fig, ax = _page(2.2)
     ax.plot(fine_ts, fine, color=COLORS["exact"], linewidth=0.8, label=f"{len(fine) - 1} steps")
     ax.plot(ts, xs, "o-", color=COLORS["model"], markersize=4, label=f"{len(xs) - 1} steps")
     ax.legend(loc="upper right", title="Euler–Maruyama, same noise")
@@ -531,33 +177,30 @@ def solver_steps(fine_ts, fine, ts, xs):
 
 def brownian_paths(ts, runs):
     """1(c): runs {sigma: paths (N+1, B)}, with the band +-2 sigma sqrt(t)."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(runs), sharey=True)
     for ax, (sigma, xs) in zip(axes, runs.items(), strict=True):
         edge = 2 * sigma * ts.sqrt()
-        ax.fill_between(ts, -edge, edge, color=_GREY, alpha=0.2, linewidth=0)
+        ax.fill_between(ts, -edge, edge, **_BAND)
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
     axes[0].set_ylabel("$X_t$")
-    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color="#555555")
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color=_NOTE)
     return fig
 
 
 def brownian_refined(ts, x):
     """1(c): one path x (n+1,) on the grid ts; its length and its sum of squared steps up to t."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.3))
+    fig, (left, right) = _page(2.3, 2)
     left.plot(ts, x, ".-", color=COLORS["model"], markersize=3, linewidth=0.7)
-    left.set(
-        xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps", xlim=(0, 1), ylim=(-1.2, 1.2)
-    )
-    step = x.diff()
-    for sums, color, name, at in (
-        (step.abs().cumsum(0), COLORS["noise"], "length of the path", "bottom"),
-        (step.square().cumsum(0), COLORS["data"], "sum of squared steps", "top"),
-    ):
-        right.semilogy(ts[1:], sums, color=color)
-        y = sums[-1] * 1.3 if at == "bottom" else 0.03
-        right.text(0.98, y, name, color=color, ha="right", va="bottom")
-    right.semilogy((0, 1), (1, 1), "--", color=COLORS["exact"], linewidth=0.8)
+    left.set(xlabel="$t$", ylabel="$W_t$", title=f"{len(x) - 1} steps")
+    left.set(xlim=(0, 1), ylim=(-1.2, 1.2))
+    length, squares = x.diff().abs().cumsum(0), x.diff().square().cumsum(0)
+    curves = [(length, "length of the path", "noise", length[-1] * 1.3)]
+    curves += [(squares, "sum of squared steps", "data", 0.03)]
+    for sums, name, kind, y in curves:
+        right.semilogy(ts[1:], sums, color=COLORS[kind])
+        right.text(0.98, y, name, color=COLORS[kind], ha="right", va="bottom")
+    right.semilogy((0, 1), (1, 1), **_LEVEL, linewidth=0.8)
     right.text(0.98, 1.1, "its limit at $t = 1$", ha="right", va="bottom")
     right.set(xlabel="$t$", title="what the steps add up to", xlim=(0, 1), ylim=(0.02, 200))
     return fig
@@ -565,65 +208,41 @@ def brownian_refined(ts, x):
 
 def ou_paths(ts, runs, moments):
     """1(d): {(theta, sigma): paths (N+1, B)}, a row a theta, with mean and variance alike."""
-    fig, axes = plt.subplots(2, 3, figsize=(FULL, 3.7), sharex=True, sharey=True)
+    fig, axes = _page(3.7, 3, 2, sharex=True, sharey=True)
     for ax, ((theta, sigma), xs) in zip(axes.flat, runs.items(), strict=True):
         mean, variance = moments[theta, sigma]
         low, high = mean[:, 0] - 2 * variance[:, 0].sqrt(), mean[:, -1] + 2 * variance[:, 0].sqrt()
-        ax.fill_between(ts, low, high, color=_GREY, alpha=0.2, linewidth=0)
+        ax.fill_between(ts, low, high, **_BAND)
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.plot(ts, mean, color=COLORS["exact"], linestyle=":", linewidth=0.8)
-        ratio = sigma**2 / (2 * theta)
-        ax.set_title(
-            rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: "
-            rf"$\sigma^2\!/(2\theta) = {ratio:g}$"
-        )
+        ratio = rf"$\sigma^2\!/(2\theta) = {sigma**2 / (2 * theta):g}$"
+        ax.set_title(rf"$\theta = {theta:g},\ \sigma = {sigma:g}$: {ratio}")
         ax.set(xlim=(0, float(ts[-1])), ylim=(-7, 7))
         end = "a point" if sigma == 0 else "a distribution"
         ax.text(0.97, 0.04, end, transform=ax.transAxes, ha="right")
-    axes[0, 0].text(
-        0.97, 0.93, "dotted: exact mean", transform=axes[0, 0].transAxes, ha="right", va="top"
-    )
-    axes[0, 1].text(
-        0.97,
-        0.93,
-        "grey: means ± 2 std",
-        transform=axes[0, 1].transAxes,
-        ha="right",
-        va="top",
-        color="#555555",
-    )
-    for ax in axes[1]:
-        ax.set_xlabel("$t$")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("$X_t$")
+    _corner(axes[0, 0], "dotted: exact mean", x=0.97, y=0.93)
+    _corner(axes[0, 1], "grey: means ± 2 std", _NOTE, x=0.97, y=0.93)
+    plt.setp(axes[1], xlabel="$t$")
+    plt.setp(axes[:, 0], ylabel="$X_t$")
     return fig
 
 
 def ou_convergence(points):
     """1(d): {theta: (times, mean left, error, variance missing, error)}, with e^(-rate t)."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True)
+    fig, axes = _page(2.6, 2, sharey=True)
     t = torch.linspace(0, 2.3, 50)
-    for (theta, (times, *rows)), color in zip(
-        points.items(), (COLORS["noise"], COLORS["data"]), strict=True
-    ):
-        for k, ax in enumerate(axes):
+    looks = zip(points.items(), (COLORS["noise"], COLORS["data"]), strict=True)
+    for (theta, (times, *rows)), color in looks:
+        for k, (ax, rate) in enumerate(zip(axes, (r"\theta ", r"2\theta "), strict=True)):
             value, error = rows[2 * k], rows[2 * k + 1]
             ax.semilogy(t, torch.exp(-(k + 1) * theta * t), color=color, linewidth=0.8)
-            ax.errorbar(times, value, 2 * error, fmt="o", color=color, markersize=3, capsize=2)
-            rate = r"\theta " if k == 0 else r"2\theta "
-            ax.plot(
-                [],
-                [],
-                "o-",
-                color=color,
-                markersize=3,
-                label=rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$",
-            )
+            _dots(ax, times, value, 2 * error, color, markersize=3, capsize=2)
+            name = rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$"
+            ax.plot([], [], "o-", color=color, markersize=3, label=name)
     for ax in axes:
         ax.legend(loc="upper right")
         ax.set(xlabel="$t$", xlim=(0, 2.2), ylim=(0.05, 2.5))
-    axes[0].set_ylabel("what is left")
-    axes[0].set_title("of the starting point: $m_t / X_0$")
+    axes[0].set(ylabel="what is left", title="of the starting point: $m_t / X_0$")
     axes[1].set_title(r"of the missing variance: $1 - s_t^2/v$")
     return fig
 
@@ -633,29 +252,18 @@ def ou_laboratory(ts, xs, limit, solver):
 
     limit: variance of the exact limit; solver: of the solver's own, inf beyond its stability.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6), sharey=True, width_ratios=(3, 1.4))
-    xs = xs.nan_to_num(99.0).clamp(-99, 99)
+    fig, (left, right) = _page(2.6, 2, sharey=True, width_ratios=(3, 1.4))
+    xs, y = xs.nan_to_num(99.0).clamp(-99, 99), torch.linspace(-8, 8, 300)
     left.plot(ts, xs[:, :20], color=COLORS["model"], linewidth=0.7)
     left.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, float(ts[-1])), ylim=(-8, 8))
-    left.set_title(
-        f"20 paths, $h$ = {ts[1]:.2g}"
-        if math.isfinite(solver)
-        else f"$h$ = {ts[1]:.2g}: the solver is unstable"
-    )
-    y = torch.linspace(-8, 8, 300)
-    right.hist(
-        xs[-1],
-        bins=64,
-        range=(-8, 8),
-        weights=torch.full_like(xs[-1], 4 / xs.shape[1]),
-        orientation="horizontal",
-        color=COLORS["model"],
-        alpha=0.5,
-        label="end points",
-    )
+    stable, step = math.isfinite(solver), f"$h$ = {ts[1]:.2g}"
+    left.set_title(f"20 paths, {step}" if stable else f"{step}: the solver is unstable")
+    bars = {"bins": 64, "range": (-8, 8), "weights": torch.full_like(xs[-1], 4 / xs.shape[1])}
+    style = {"orientation": "horizontal", "color": COLORS["model"], "alpha": 0.5}
+    right.hist(xs[-1], **bars, **style, label="end points")
     if limit > 0:
         right.plot(_normal(y, limit), y, color=COLORS["exact"], label="exact limit")
-        if math.isfinite(solver):
+        if stable:
             right.plot(_normal(y, solver), y, "--", color=_WRONG, label="solver's limit")
     right.set(xlabel="density", xlim=(0, 0.8))
     right.legend(loc="upper right")
@@ -664,42 +272,31 @@ def ou_laboratory(ts, xs, limit, solver):
 
 def ou_collapse(paths):
     """1(d): {(theta, sigma): (ts, x)}, as they are and in units of 1/theta and sqrt(v)."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
-    looks = zip(
-        paths.items(),
-        (COLORS["noise"], COLORS["data"], COLORS["model"], "#000000"),
-        (5.5, 3.8, 2.2, 0.8),
-        strict=True,
-    )
-    for ((theta, sigma), (ts, x)), color, width in looks:
+    fig, (left, right) = _page(2.6, 2)
+    colors, widths = [COLORS[k] for k in ("noise", "data", "model", "exact")], (5.5, 3.8, 2.2, 0.8)
+    for ((theta, sigma), (ts, x)), color, width in zip(paths.items(), colors, widths, strict=True):
         unit = sigma / math.sqrt(2 * theta)
         name = rf"$\theta = {theta:g},\ \sigma = {sigma:g}$"
         left.plot(ts, x, color=color, linewidth=0.9, label=name)
         right.plot(theta * ts, x / unit, color=color, linewidth=width)
     left.set(xlabel="$t$", ylabel="$X_t$", title="four processes, the same noise")
     left.legend()
-    right.set(
-        xlabel=r"$\theta t$",
-        ylabel=r"$X_t / \sqrt{v}$",
-        title=r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one",
-    )
+    right.set(xlabel=r"$\theta t$", ylabel=r"$X_t / \sqrt{v}$")
+    right.set_title(r"rescaled, $v = \sigma^2\!/(2\theta)$: four curves in one")
     return fig
 
 
 def convergence_orders(steps, errors):
     """1(b), deeper: {name: (errors (K,), standard errors, order)} against the step sizes."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.8))
-    colors = COLORS["data"], COLORS["model"], COLORS["noise"]
-    for (name, (error, bar, order)), color, marker in zip(
-        errors.items(), colors, "s^o", strict=True
-    ):
-        ax.errorbar(steps, error, 2 * bar, fmt=marker, color=color, markersize=4, capsize=2)
+    fig, ax = _page(2.8)
+    looks = zip(errors.items(), ("data", "model", "noise"), "s^o", strict=True)
+    for (name, (error, bar, order)), kind, marker in looks:
+        color = COLORS[kind]
+        _dots(ax, steps, error, 2 * bar, color, fmt=marker, capsize=2)
         ax.loglog(steps, error[-1] * (steps / steps[-1]) ** order, color=color, linewidth=0.8)
-        slope = {0.5: "½"}.get(order, f"{order:g}")
+        text = f"{name}: slope {'½' if order == 0.5 else f'{order:g}'}"
         lift, side = (1.9, "right") if order == 0.5 else (0.45, "left")
-        ax.text(
-            steps[3], lift * error[3], f"{name}: slope {slope}", color=color, ha=side, va="center"
-        )
+        ax.text(steps[3], lift * error[3], text, color=color, ha=side, va="center")
     ax.set(xlabel="step $h$", ylabel="effect of halving $h$", xscale="log", yscale="log")
     ax.set_xticks(steps.tolist(), [f"1/{round(1 / h)}" for h in steps.tolist()])
     ax.minorticks_off()
@@ -708,48 +305,34 @@ def convergence_orders(steps, errors):
 
 def langevin(mixture, clouds, start):
     """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
-    fig, axes = plt.subplots(1, len(clouds), figsize=(FULL, 2.8), sharey=True)
+    fig, axes = _page(2.8, len(clouds), sharey=True)
     side = torch.linspace(-3, 3, 81)
     height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
+    lines = {"levels": (0.015, 0.08, 0.2), "colors": COLORS["exact"], "linewidths": 0.7}
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
         ax.scatter(*points.T, s=2, color=COLORS["model"], rasterized=True)
-        ax.contour(
-            side, side, height, levels=(0.015, 0.08, 0.2), colors=COLORS["exact"], linewidths=0.7
-        )
+        ax.contour(side, side, height, **lines)
         ax.plot(*start, "*", color=COLORS["data"], markersize=9)
-        ax.set(title=f"$t = {t:g}$", aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+        _frame_plane(ax, 3).set(title=f"$t = {t:g}$", ylabel="")
     axes[0].text(-2.8, 2.3, "star: all start here", color=COLORS["data"])
     axes[1].text(-2.8, 2.3, "dots: particles", color=COLORS["model"])
     axes[2].text(-2.8, 2.3, "lines: target density")
-    for ax in axes:
-        ax.set_xlabel("$x_1$")
     axes[0].set_ylabel("$x_2$")
     return fig
 
 
 def fokker_planck(laws, snapshots):
     """Beyond: snapshots {t: points (N,)} as histograms with error bars, laws {t: mixture} exact."""
-    fig, axes = plt.subplots(1, len(laws), figsize=(FULL, 2.2), sharey=True)
-    grid, edges = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25)
+    fig, axes = _page(2.2, len(laws), sharey=True)
+    grid, edges, width = torch.linspace(-3.5, 3.5, 300), torch.linspace(-3, 3, 25), 0.25
+    middles, name = (edges[1:] + edges[:-1]) / 2, "equation's density"
     for ax, (t, law) in zip(axes, laws.items(), strict=True):
         x = snapshots[t]
-        counts, width = torch.histc(x, 24, -3, 3), 0.25
+        counts = torch.histc(x, 24, -3, 3)
         bar = 2 * (counts * (1 - counts / len(x))).sqrt() / (len(x) * width)
-        ax.errorbar(
-            (edges[1:] + edges[:-1]) / 2,
-            counts / (len(x) * width),
-            bar,
-            fmt=".",
-            color=COLORS["model"],
-            label="simulated paths",
-        )
-        ax.plot(
-            grid,
-            law.log_prob(grid[:, None]).exp(),
-            color=COLORS["exact"],
-            linewidth=0.9,
-            label="equation's density",
-        )
+        style = {"fmt": ".", "markersize": None, "label": "simulated paths"}
+        _dots(ax, middles, counts / (len(x) * width), bar, COLORS["model"], **style)
+        ax.plot(grid, law.log_prob(grid[:, None]).exp(), **_EXACT, label=name)
         ax.set(xlabel="$x$", title=f"$t = {t:g}$", ylim=(0, 0.6))
     axes[0].set_ylabel("density of $X_t$")
     axes[0].legend(loc="upper left")
@@ -758,19 +341,12 @@ def fokker_planck(laws, snapshots):
 
 def time_reversal(density, returned):
     """Beyond: returned {name: points (N,)} against the density of the data, a function of x."""
-    fig, axes = plt.subplots(1, len(returned), figsize=(FULL, 2.2), sharey=True)
+    fig, axes = _page(2.2, len(returned), sharey=True)
     grid = torch.linspace(-6, 6, 400)
+    style = {"color": COLORS["model"], "alpha": 0.5, "label": "came back"}
     for ax, (name, x) in zip(axes, returned.items(), strict=True):
         weights = torch.full((len(x),), 1 / (len(x) * 0.24))
-        ax.hist(
-            x,
-            bins=50,
-            range=(-6, 6),
-            weights=weights,
-            color=COLORS["model"],
-            alpha=0.5,
-            label="came back",
-        )
+        ax.hist(x, bins=50, range=(-6, 6), weights=weights, **style)
         ax.plot(grid, density(grid), color=COLORS["data"], linewidth=1, label="the data")
         ax.set(title=name, xlabel="$x$", ylim=(0, 0.75))
     axes[0].set_ylabel("density")
@@ -783,34 +359,31 @@ def broken_programs(first, second):
 
     first: {N: (ts, xs)}; second: (ts, xs, std that it should have).
     """
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3))
+    fig, axes = _page(2.3, 3)
     for ax, (n, (grid, xs)) in zip(axes[:2], first.items(), strict=True):
         ax.plot(grid, xs, color=_WRONG, linewidth=0.7)
-        for sign in (-2, 2):
-            ax.plot(grid, sign * grid.sqrt(), color=COLORS["exact"], linewidth=1)
+        edges = grid.sqrt()[:, None] * torch.tensor([-2, 2])
+        ax.plot(grid, edges, color=COLORS["exact"], linewidth=1)
         ax.set(title=f"program A, {n} steps", xlabel="$t$", xlim=(0, 1), ylim=(-70, 70))
     grid, xs, std = second
     axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
     axes[2].hlines((-2 * std, 2 * std), 0, grid[-1], color=COLORS["exact"], linewidth=1)
-    axes[2].set(
-        title=r"program B, $\theta = 1$, $\sigma = 2$", xlabel="$t$", xlim=(0, float(grid[-1]))
-    )
+    axes[2].set_title(r"program B, $\theta = 1$, $\sigma = 2$")
+    axes[2].set(xlabel="$t$", xlim=(0, float(grid[-1])))
     axes[0].text(0.03, -65, "black: 95 % should\nstay between")
     axes[0].set_ylabel("$X_t$")
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 02
-# ---------------------------------------------------------------------------------------
 
 _LOOKS = (("#000000", "-"), ("#AA4499", "--"), ("#CC9900", "-."), ("#33AADD", ":"))  # schedules
 
 
 def _blend(t):
     """From the noise's colour, t = 0, to the data's, t = 1."""
-    noise, data = (np.array(to_rgb(COLORS[kind])) for kind in ("noise", "data"))
-    return tuple((1 - t) * noise + t * data)
+    ends = zip(to_rgb(COLORS["noise"]), to_rgb(COLORS["data"]), strict=True)
+    return tuple((1 - t) * noise + t * data for noise, data in ends)
 
 
 def _bare(ax, limit):
@@ -823,8 +396,7 @@ def _bare(ax, limit):
 def _pictures(rows, height, color=None):
     """rows {label: pairs (title, image (1, H, W) or cloud (B, 2))}; figure and axes."""
     rows = {label: list(pairs) for label, pairs in rows.items()}
-    shape = len(rows), max(map(len, rows.values()))
-    fig, axes = plt.subplots(*shape, figsize=(FULL, height))
+    fig, axes = _page(height, max(map(len, rows.values())), len(rows))
     for row, (label, pairs) in zip(axes, rows.items(), strict=True):
         for k, (ax, (title, x)) in enumerate(zip(row, pairs, strict=True)):
             if x.ndim == 3:
@@ -848,8 +420,8 @@ def dissolving(times, images, clouds):
 
 def two_schedules(ts, curves, times, strips):
     """2(a): curves {name: (alpha, beta)} on ts, and what they make of an image, (T, 1, H, W)."""
-    shape, ratios = (len(curves), 1 + len(times)), [1.5] + [1] * len(times)
-    fig, axes = plt.subplots(*shape, figsize=(FULL, 2.6), width_ratios=ratios)
+    ratios = [1.5] + [1] * len(times)
+    fig, axes = _page(2.6, len(ratios), len(curves), width_ratios=ratios)
     for j, (name, (alpha, beta)) in enumerate(curves.items()):
         first, *others = axes[j]
         _weights(first, ts, alpha, beta).set(ylabel=name, xticks=(0, 1), yticks=(0, 1))
@@ -871,7 +443,7 @@ def _weights(ax, ts, alpha, beta):
 
 def conditional_path(z, eps, t, runs):
     """2(b): from noise eps to data z, (2,); runs {name: (path, x_t, draws, (mean, std))}."""
-    fig, axes = plt.subplots(1, len(runs), figsize=(FULL, 3.0), sharey=True)
+    fig, axes = _page(3.0, len(runs), sharey=True)
     for ax, (name, (line, x, draws, (mean, std))) in zip(axes, runs.items(), strict=True):
         plot_points(draws, ax, color=_GREY, s=4)
         ax.add_patch(plt.Circle(mean.tolist(), 2 * std, fill=False, linewidth=0.8))
@@ -883,7 +455,7 @@ def conditional_path(z, eps, t, runs):
             ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
-    axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color="#555555")
+    axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color=_NOTE)
     axes[1].set_ylabel("")
     return fig
 
@@ -910,7 +482,7 @@ def histograms(times, rows, laws, bins, top):
 
 def laboratory(name, ts, weights, t, x, law, image, decibels):
     """2(d): a schedule's weights on ts; at t a cloud x (B, 2), its law, an image (1, H, W)."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(FULL, 2.3))
+    fig, (left, middle, right) = _page(2.3, 3)
     _weights(left, ts, *weights).axvline(t, color=_GREY, linewidth=0.8)
     left.set(xlabel="$t$", title=f"{name}, $t = {t:g}$", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     plot_points(x, middle, s=2, color=_blend(t))
@@ -921,13 +493,13 @@ def laboratory(name, ts, weights, t, x, law, image, decibels):
 
 def measures(ts, curves):
     """2(d): curves {label: {schedule: values}} against ts, four panels with one key."""
-    fig, axes = plt.subplots(2, 2, figsize=(FULL, 4.0), sharex=True)
+    fig, axes = _page(4.0, 2, 2, sharex=True)
     for ax, (label, values) in zip(axes.flat, curves.items(), strict=True):
         for k, (name, curve) in enumerate(values.items()):
             color, line = _LOOKS[k % len(_LOOKS)]
             ax.plot(ts, curve, line, color=color, label=name)
         ax.set(title=label, xlim=(0, 1), xlabel="$t$" if ax in axes[1] else "")
-    axes[0, 0].axhspan(-10, 10, color=_GREY, alpha=0.2, linewidth=0)
+    axes[0, 0].axhspan(-10, 10, **_BAND)
     axes[0, 0].set(ylim=(-40, 40))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
@@ -940,7 +512,7 @@ def one_path(rows):
 
 def marginalisation(side, maps):
     """Beyond: maps {title: values on the grid of side (n,) in each coordinate}, one scale."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(maps), sharey=True)
     top = max(float(values.abs().max()) for values in maps.values())
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         grid = values.reshape(len(side), -1).T
@@ -959,15 +531,7 @@ def broken_paths(rows, laws):
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 03
-# ---------------------------------------------------------------------------------------
-
-
-def _corner(ax, text, color="black", x=0.03, y=0.97):
-    """Text in a corner of ax: the left one for x < 1/2, the upper one for y > 1/2."""
-    sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
-    ax.text(x, y, text, transform=ax.transAxes, color=color, **sides)
 
 
 def flow_trajectories(ts, xs, t, limit=3.6):
@@ -979,8 +543,7 @@ def flow_trajectories(ts, xs, t, limit=3.6):
     pieces = torch.stack([x[:-1], x[1:]], dim=2).flatten(0, 1)
     style = {"cmap": "plasma", "clim": (0, 1), "linewidths": 0.5, "rasterized": True}
     shades = when[1:].repeat_interleave(xs.shape[1]).numpy()
-    lines = LineCollection(list(pieces), array=shades, **style)
-    ax.add_collection(lines)
+    lines = ax.add_collection(LineCollection(list(pieces), array=shades, **style))
     plot_points(xs[0], ax, color=COLORS["noise"], s=4, zorder=3)
     plot_points(x[-1], ax, limit=limit, color=COLORS["model"], s=4, zorder=4)
     _corner(ax, "noise", COLORS["noise"])
@@ -989,25 +552,30 @@ def flow_trajectories(ts, xs, t, limit=3.6):
     return fig
 
 
-def training_steps(losses, step, x, mixture, limit=3.4):
-    """3(c): the losses up to a step, and points x (N, 2) that the network then generates."""
-    fig, (ax, plane) = plt.subplots(1, 2, figsize=(FULL, 2.6), width_ratios=(1.6, 1))
+def training_steps(losses, step, x, mixture, limit=3.4, floor=None):
+    """3(c): the losses up to a step, and points x (N, 2) that the network then generates.
+
+    floor: the least mean loss that any field has, drawn dashed with its name.
+    """
+    fig, (ax, plane) = _page(2.6, 2, width_ratios=(1.6, 1))
     ax.loglog(1 + torch.arange(len(losses)), losses, color=_GREY, alpha=0.4, linewidth=0.6)
     ax.loglog(1 + torch.arange(step), losses[:step], color=COLORS["model"], linewidth=0.8)
     ax.plot(max(step, 1), losses[max(step - 1, 0)], "o", color=COLORS["model"])
+    if floor is not None:
+        ax.axhline(floor, **_LEVEL, linewidth=0.9)
+        ax.text(1, 0.985 * floor, f"floor of the loss, exact: {floor:.2f}", va="top")
     ax.set(xlabel="step of training", ylabel="loss of one batch", xlim=(0.9, 1.3 * len(losses)))
     ax.set_yticks((2, 3, 4), ("2", "3", "4"))
     ax.minorticks_off()
     plot_density(mixture, plane, limit=limit, levels=3, colors=COLORS["data"])
-    plot_points(x, plane, limit=limit, color=COLORS["model"])
-    plane.set_title(f"samples at step {step}")
+    plot_points(x, plane, limit=limit, color=COLORS["model"]).set_title(f"samples at step {step}")
     _corner(plane, "data", COLORS["data"])
     return fig
 
 
 def conditional_average(mixture, x, ends, place, field):
     """3(a): arrows from x (N, 2) to their ends, and beside it a field (points, arrows)."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.2), sharey=True)
+    fig, axes = _page(3.2, 2, sharey=True)
     full = {"scale": 1, "scale_units": "xy"}
     for ax in axes:
         plot_density(mixture, ax, limit=2.9, levels=4, colors="0.7")
@@ -1023,8 +591,8 @@ def conditional_average(mixture, x, ends, place, field):
 
 def cancellation(gaps, printed, simple):
     """3(a): errors of the printed and the simplified form against 1 - t."""
-    fig, ax = plt.subplots(figsize=(FULL, 2.6))
-    ax.loglog(gaps, 2.0**-23 / gaps, "--", color=COLORS["exact"], linewidth=0.9)
+    fig, ax = _page(2.6)
+    ax.loglog(gaps, 2.0**-23 / gaps, "--", **_EXACT)
     ax.loglog(gaps, printed, "o-", markersize=4, color=_WRONG)
     ax.loglog(gaps, simple, "s-", markersize=4, color=COLORS["model"])
     ax.text(gaps[12], 6 * printed[12], "as printed", color=_WRONG, ha="right")
@@ -1037,8 +605,9 @@ def cancellation(gaps, printed, simple):
 
 def loss_and_floor(steps, excess, times, loss, floor, ends):
     """3(c): excess over the floor by step; by time the loss of the network and the floor."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    fig, (left, right) = _page(2.6, 2)
     left.loglog(steps, excess, "o-", color=COLORS["model"], markersize=4)
+    left.text(0.8 * steps[-1], excess[-1], f"{excess[-1]:.1g}", ha="right", va="center")
     left.set(xlabel="step of training", ylabel="loss $-$ floor", title="what is above the floor")
     right.plot(times, floor, color=COLORS["exact"], label="floor, exact")
     right.plot(times, loss, "o", color=COLORS["model"], markersize=4, label="trained network")
@@ -1053,8 +622,7 @@ def loss_and_floor(steps, excess, times, loss, floor, ends):
 def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
     """Rows {name: (color or colors, clouds)} of clouds (N, 2); titles of the columns, or times."""
     height = 0.35 + len(rows) * (FULL - 0.5) / len(titles)
-    grid = {"sharex": True, "sharey": True, "squeeze": False}
-    fig, axes = plt.subplots(len(rows), len(titles), figsize=(FULL, height), **grid)
+    fig, axes = _page(height, len(titles), len(rows), sharex=True, sharey=True, squeeze=False)
     for line, (name, (color, clouds)) in zip(axes, rows.items(), strict=True):
         colors = color if isinstance(color, list) else [color] * len(clouds)
         for ax, cloud, shade in zip(line, clouds, colors, strict=True):
@@ -1070,15 +638,16 @@ def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
 
 def solver_paths(fine, coarse, name, limit=3.4):
     """3(d): trajectories (N+1, B, 2) of a fine and of a coarse solution from the same noise."""
-    fig, axes = plt.subplots(1, 2, figsize=(FULL, 3.1), sharey=True)
+    fig, axes = _page(3.1, 2, sharey=True)
     axes[0].plot(*fine[:, :12].unbind(dim=2), color=COLORS["exact"], linewidth=0.7)
     axes[0].plot(*coarse[:, :12].unbind(dim=2), ".-", color=COLORS["model"], markersize=4)
+    axes[0].plot(*coarse[0, :12].T, "o", color=COLORS["noise"], ms=4, mfc="white", zorder=3)
     plot_points(fine[-1], axes[1], color=COLORS["exact"], s=2)
     plot_points(coarse[-1], axes[1], color=COLORS["model"], s=6)
     for ax, title in zip(axes, ("twelve starts", "where all end"), strict=True):
-        _frame_plane(ax, limit)
-        ax.set_title(title)
+        _frame_plane(ax, limit).set_title(title)
     _corner(axes[0], name, COLORS["model"])
+    _corner(axes[0], "circles: starts", COLORS["noise"], x=0.97)
     _corner(axes[0], "black: very many steps", y=0.03)
     return fig
 
@@ -1092,31 +661,28 @@ def step_count(clouds, excess, errors, network):
         ax.set(title=f"$n_t = {n}$", xlabel="", ylabel="", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
     left, right = bottom.subplots(1, 2)
     values, bars = torch.tensor(list(excess.values())).T
-    style = {"markersize": 4, "linewidth": 1}
-    left.errorbar(list(excess), values, 2 * bars, fmt="o-", color=COLORS["model"], **style)
-    left.axhline(0, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    _dots(left, list(excess), values, 2 * bars, COLORS["model"], fmt="o-", linewidth=1)
+    left.axhline(0, **_LEVEL, linewidth=0.9)
     left.text(1, 0.001, "a perfect sample", va="bottom")
     left.set(xlabel="$n_t$, steps of Euler's method", ylabel="distance to the data, excess")
     left.set_yscale("symlog", linthresh=0.01)
-    left.set_ylim(-0.01, 2)
-    for (name, row), color in zip(errors.items(), (COLORS["model"], COLORS["noise"]), strict=True):
-        right.plot(list(row), list(row.values()), "o-", color=color, label=name, **style)
-    right.axhline(network, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    left.set(xscale="log", ylim=(-0.01, 2))
+    style = {"markersize": 4, "linewidth": 1}
+    for (name, row), kind in zip(errors.items(), ("model", "noise"), strict=True):
+        right.plot(row.keys(), row.values(), "o-", color=COLORS[kind], label=name, **style)
+    right.axhline(network, **_LEVEL, linewidth=0.9)
     right.text(1, 0.9 * network, "network", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
-    right.set_yscale("log")
+    right.set(xscale="log", yscale="log")
     right.legend(loc="lower left")
-    for ax in (left, right):
-        ax.set_xscale("log")
     return fig
 
 
 def field_error(side, maps):
     """Beyond: maps {t: (errors (K, K), log densities, level)} on the grid side x side."""
-    fig, axes = plt.subplots(1, len(maps), figsize=(FULL, 2.3), sharey=True)
+    fig, axes = _page(2.3, len(maps), sharey=True)
     for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
-        style = {"norm": "log", "vmin": 0.01, "vmax": 10, "rasterized": True}
-        mesh = ax.pcolormesh(side, side, error, **style)
+        mesh = ax.pcolormesh(side, side, error, norm="log", vmin=0.01, vmax=10, rasterized=True)
         ax.contour(side, side, log_density, levels=[level], colors="white", linestyles="solid")
         ax.set(title=f"$t = {t:.2f}$", aspect="equal", xlabel="$x_1$", xticks=(-3, 0, 3))
     _corner(axes[0], "inside: 99 %", "white")
@@ -1127,13 +693,13 @@ def field_error(side, maps):
 
 def likelihood(side, densities, log_p, difference):
     """Beyond: densities {name: (K, K)}; the difference of log densities at data points."""
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.3), width_ratios=(1, 1, 1.3))
+    fig, axes = _page(2.3, 3, width_ratios=(1, 1, 1.3))
     for ax, (name, density) in zip(axes, densities.items(), strict=False):
         ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
         ax.set(aspect="equal", xlabel="$x_1$", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), title=name)
     axes[0].set_ylabel("$x_2$")
     axes[2].plot(log_p, difference, ".", color=COLORS["model"], markersize=1.5, rasterized=True)
-    axes[2].axhline(0, color=COLORS["exact"], linewidth=0.9)
+    axes[2].axhline(0, **_EXACT)
     axes[2].set_xlabel(r"$\log p_{\mathrm{data}}(x)$")
     axes[2].set_title(r"$\log p^\theta - \log p_{\mathrm{data}}$")
     return fig
@@ -1141,15 +707,15 @@ def likelihood(side, densities, log_p, difference):
 
 def straighter(flows, numbers, distances, floor):
     """Beyond: flows {name: xs (N+1, B, 2)}; distances {name: (mean, bar)} over the numbers."""
-    fig, axes = plt.subplots(1, 3, figsize=(FULL, 2.4), width_ratios=(1, 1, 1.3))
+    fig, axes = _page(2.4, 3, width_ratios=(1, 1, 1.3))
     looks = zip(flows.items(), (COLORS["noise"], COLORS["model"]), strict=True)
     for ax, ((name, xs), color) in zip(axes, looks, strict=False):
         ax.plot(*xs.unbind(dim=2), color=color, linewidth=0.4, rasterized=True)
         plot_points(xs[-1], ax, limit=3, color=COLORS["exact"], s=2)
         ax.set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
-        axes[2].errorbar(numbers, *distances[name], fmt="o-", color=color, markersize=3, capsize=2)
+        _dots(axes[2], numbers, *distances[name], color, fmt="o-", markersize=3, capsize=2)
         axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
-    axes[2].axhline(floor, color=COLORS["exact"], linestyle="--", linewidth=0.9)
+    axes[2].axhline(floor, **_LEVEL, linewidth=0.9)
     axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
     axes[2].set_ylim(0.5 * floor)
     axes[2].set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="distance to the data")
@@ -1158,9 +724,7 @@ def straighter(flows, numbers, distances, floor):
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 04
-# ---------------------------------------------------------------------------------------
 
 
 def image_rows(rows, *, top=(), title="", width=FULL, margin=1.1):
@@ -1202,7 +766,7 @@ def _arrow(ax, start, end, **style):
 
 def unet():
     """4(b): the UNet as built, the time in all eleven residual layers, and one such layer."""
-    fig, ax = plt.subplots(figsize=(FULL, 4.1))
+    fig, ax = _page(4.1)
     ax.set(xlim=(0, 6.5), ylim=(0, 4.1))
     ax.axis("off")
     blue, sand, green, grey, time = "#cfe3f3", "#f6dfc3", "#cfeadd", "#f2f2f2", COLORS["noise"]
@@ -1249,7 +813,7 @@ def unet():
 
 def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.7), sharey=True)
+    fig, (left, right) = _page(2.7, 2, sharey=True)
     plot_loss(losses, left)
     looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
     for (field, images), (mean, error) in curves.items():
@@ -1271,59 +835,41 @@ def steps_or_geometry(places, errors, corners):
     """4(d): {curve: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
+    Images are in [-1, 1], what is drawn is in grey levels.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
-    looks = zip((COLORS["model"], COLORS["data"]), "os", (-0.08, 0.08), strict=True)
-    for (curve, (mean, bar)), (color, marker, shift) in zip(errors.items(), looks, strict=True):
-        spread = torch.stack([mean - mean * (-2 * bar).exp(), mean * (2 * bar).exp() - mean])
-        at = torch.arange(len(places)) + shift
-        left.errorbar(at, mean, spread, fmt=marker, color=color, capsize=2, ms=4, label=curve)
-    for (solver, noise), look in zip(corners.items(), ("o", "^"), strict=True):
-        right.plot(
-            range(len(places)),
-            noise,
-            look,
-            color=COLORS["model" if look == "o" else "noise"],
-            label=solver,
-        )
-    right.axhline(2 / 255, color=_GREY, ls=":")
-    right.text(len(places) - 0.6, 2 / 255, "one grey level", ha="right", va="bottom", color="0.4")
-    for ax, text in ((left, "error of the solver"), (right, "noise left in the corners")):
-        ax.set(yscale="log", title=text, xlabel="place of the steps")
-        ax.set_xlim(-0.5, len(places) - 0.5)
+    fig, (left, right) = _page(2.6, 2)
+    looks = zip(errors.items(), ("model", "data"), "os", (-0.08, 0.08), strict=True)
+    for (curve, (mean, bar)), kind, marker, shift in looks:
+        mean, at = 127.5 * mean, torch.arange(len(places)) + shift
+        spread = mean * torch.stack([1 - (-2 * bar).exp(), (2 * bar).exp() - 1])
+        _dots(left, at, mean, spread, COLORS[kind], fmt=marker, capsize=2, label=curve)
+    for (solver, noise), kind, look in zip(corners.items(), ("model", "noise"), "o^", strict=True):
+        right.plot(127.5 * torch.tensor(noise), look, color=COLORS[kind], label=solver)
+    right.axhline(1, color=_GREY, ls=":")
+    right.text(len(places) - 0.6, 1, "one grey level", ha="right", va="bottom", color="0.4")
+    left.set(title="error of the images, by place and curve", ylabel="r.m.s. error (grey levels)")
+    right.set(title="noise left in black corners, by solver", ylabel="noise (grey levels)")
+    for ax in (left, right):
+        ax.set(yscale="log", xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5))
         ax.set_xticks(range(len(places)), places)
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2)
         low, high = ax.get_ylim()
-        marks = [m for m in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if m > low]
-        ax.set_yticks(marks, [f"{m:g}" for m in marks])
+        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < mark < high]
+        ax.set(yticks=marks, yticklabels=marks, ylim=(low, high * 2))
         ax.minorticks_off()
-        ax.set_ylim(low, high * 2)
     return fig
 
 
 def training_live(losses, x):
     """Train it yourself: the losses so far, and images (16, 1, H, W) that the network draws."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(FULL, 2.6))
+    fig, (left, right) = _page(2.6, 2)
     plot_loss(losses, left, window=10)
     left.set(yscale="log", xlim=(0, None), title=f"step {len(losses)}")
-    plot_images(x, right, columns=4)
-    right.set_title("generated")
+    plot_images(x, right, columns=4).set_title("generated")
     return fig
 
 
-# ---------------------------------------------------------------------------------------
 # Notebook 05
-# ---------------------------------------------------------------------------------------
-
-
-def _page(height, columns=1, rows=1, **options):
-    """A figure as wide as a page, and its axes."""
-    return plt.subplots(rows, columns, figsize=(FULL, height), **options)
-
-
-def _dots(ax, x, y, bar, color, label=None, marker="o"):
-    style = {"fmt": marker, "color": color, "markersize": 4, "label": label}
-    ax.errorbar(x, y, bar, **style)
 
 
 def infinite_loss(means, weighted, delta):
@@ -1335,14 +881,10 @@ def infinite_loss(means, weighted, delta):
         ax.loglog(shown, values[shown - 1], color=_WRONG, label=name)
     ax.loglog(shown, weighted[shown - 1], color=COLORS["model"], label=r"times $\beta_t^2$")
     if delta:
-        ax.axhline(1 / delta, color=COLORS["exact"], linestyle="--", linewidth=0.8)
+        ax.axhline(1 / delta, **_LEVEL, linewidth=0.8)
         ax.text(1.2, 1.3 / delta, r"$1/\delta$, the mean on $t \leq 1 - \delta$")
-    ax.set(
-        xlabel="draws of $t$",
-        ylabel="mean of the loss so far",
-        ylim=(0.1, 1e8),
-        xlim=(1, len(weighted)),
-    )
+    ax.set(xlabel="draws of $t$", ylabel="mean of the loss so far")
+    ax.set(ylim=(0.1, 1e8), xlim=(1, len(weighted)))
     ax.legend(loc="upper left")
     return fig
 
@@ -1350,15 +892,14 @@ def infinite_loss(means, weighted, delta):
 def sigma_sweep(names, rows, floor):
     """5(b): {steps: ([squared Frechet distances of the sets], [noise])} over the sigma_t."""
     fig, axes = _page(2.8, 2)
-    for steps, color, shift in zip(
-        rows, (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True
-    ):
-        places, (sets, noise) = torch.arange(len(names)) + shift, rows[steps]
+    looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True)
+    for (steps, (sets, noise)), color, shift in looks:
+        places, means = torch.arange(len(names)) + shift, [v.mean() for v in sets]
         bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in sets]
-        _dots(axes[0], places, [v.mean() for v in sets], bars, color, f"{steps} steps")
+        _dots(axes[0], places, means, bars, color, label=f"{steps} steps")
         axes[1].plot(places, noise, "o", color=color, markersize=4)
     axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
-    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color="#555555")
+    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color=_NOTE)
     for ax, name in zip(axes, ("squared Fréchet distance", "noise in the corners"), strict=True):
         ax.set_xticks(range(len(names)), names)
         ax.set(xlabel=r"$\sigma_t$", ylabel=name, yscale="log")
@@ -1374,8 +915,8 @@ def last_steps(cases, results, predicted):
         looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (0.12, -0.12), strict=True)
         for (count, (values, bars)), color, shift in looks:
             name = f"last {count} steps" if count > 1 else "last step"
-            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, name)
-        ax.axhline(predicted[sigma], color=COLORS["exact"], linestyle="--", linewidth=0.8)
+            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, label=name)
+        ax.axhline(predicted[sigma], **_LEVEL, linewidth=0.8)
         ax.text(-0.4, 0.85 * predicted[sigma], "one kick, $\\sigma$√$h$", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
         ax.set_xlabel("what is left on in the last steps")
@@ -1391,16 +932,9 @@ def two_regimes(counts, left, seen):
     colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(left)).tolist())
     for (sigma, values), color in zip(left.items(), colors, strict=True):
         ax.plot(counts, values, color=color)
-        inside = [i for i, value in enumerate(values) if value < 60]
-        place = (counts[inside[-1]], values[inside[-1]])
-        ax.annotate(
-            rf"$\sigma = {sigma}$",
-            place,
-            color=color,
-            ha="right",
-            xytext=(-4, 0),
-            textcoords="offset points",
-        )
+        last = [i for i, value in enumerate(values) if value < 60][-1]
+        name = rf"$\sigma = {sigma}$  "
+        ax.text(counts[last], values[last], name, color=color, ha="right", va="center")
         dots = {n: noise for (s, n), noise in seen.items() if s == float(sigma)}
         ax.plot(list(dots), list(dots.values()), "o", color=color, markersize=5)
     ax.set(xscale="log", yscale="log", xlabel="steps $n$", ylabel="noise left", ylim=(5e-3, 100))
@@ -1418,10 +952,9 @@ def invariance(names, short):
     ax.set_xticks(range(len(names)), names)
     ax.set_yscale("symlog", linthresh=5)
     ax.set_yticks([-5, 0, 5, 10, 100], ["−5", "0", "5", "10", "100"])
-    ax.set(
-        xlabel=r"$\sigma_t$", ylabel="mean log p falls short\nby (standard errors)", ylim=(-8, 900)
-    )
-    ax.text(len(names) - 0.9, -4, "grey: as exact draws", color="#555555", ha="right")
+    ax.set(xlabel=r"$\sigma_t$", ylabel="mean log p falls short\nby (standard errors)")
+    ax.text(len(names) - 0.9, -4, "grey: as exact draws", color=_NOTE, ha="right")
+    ax.set_ylim(-8, 900)
     ax.legend(loc="upper left", ncols=3)
     return fig
 

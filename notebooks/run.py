@@ -191,7 +191,7 @@ def hand_out(paths, folder):
     folder = Path(folder).expanduser().resolve()
     for path in paths:
         write(student(nbformat.read(path, as_version=4)), folder / "notebooks" / path.name)
-    for name in ("plots.py", "plots.mplstyle"):
+    for name in ("plots.py", "show.py", "plots.mplstyle"):
         shutil.copy(HERE / name, folder / "notebooks" / name)
     for name in ("helpers.py", "requirements.txt", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)

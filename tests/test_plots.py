@@ -1,4 +1,4 @@
-"""notebooks/plots.py: figures, tables, comparison with the committed ones, sliders."""
+"""notebooks/plots.py and show.py: figures, tables, comparison with the committed, sliders."""
 
 import base64
 import json
@@ -12,6 +12,7 @@ from PIL import Image
 
 import helpers
 import plots
+import show
 from helpers import make_generator
 from plots import FULL, HALF, play, save_animation, save_figure, save_table, watch
 
@@ -155,6 +156,15 @@ def test_loss_curve_is_the_running_mean(ax):
     steps, mean = ax.lines[0].get_data()
     assert list(mean) == [losses[i : i + 4].mean() for i in range(7)]
     assert list(steps) == list(range(3, 10))
+
+
+@pytest.mark.parametrize(("floor", "named"), [(None, []), (1.8142, ["1.81"])])
+def test_the_floor_of_a_training_is_drawn_with_its_name(floor, named, mixture):
+    fig = plots.training_steps(2 + torch.rand(30), 20, POINTS, mixture, floor=floor)
+    curves, _ = fig.axes
+    assert len(curves.lines) == 3 + len(named)
+    assert [text.get_text().split()[-1] for text in curves.texts] == named
+    plt.close(fig)
 
 
 def test_mosaic_places_the_images_row_by_row(ax):
@@ -313,7 +323,7 @@ def test_without_a_reader_a_play_is_a_figure(figures, shown):
 def test_a_reader_moves_a_slider(figures, shown, monkeypatch):
     widgets = pytest.importorskip("ipywidgets")
     made = []
-    monkeypatch.setattr(plots, "_live", lambda: True)
+    monkeypatch.setattr(show, "_live", lambda: True)
     box = widgets.VBox
     monkeypatch.setattr(widgets, "VBox", lambda children: made.append(children) or box(children))
     play(shifted, "1d_test", "A.", **CONTROLS)
@@ -347,14 +357,14 @@ def test_a_live_reader_is_one_who_can_be_asked(monkeypatch):
 
     monkeypatch.setattr(IPython, "get_ipython", Shell)
     for asked in (True, False):
-        assert plots._live() is asked
+        assert show._live() is asked
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)
-    assert plots._live() is False
+    assert show._live() is False
 
 
 def test_watch_draws_for_a_live_reader_only(shown, monkeypatch):
     for live in (False, True):
-        monkeypatch.setattr(plots, "_live", lambda live=live: live)
+        monkeypatch.setattr(show, "_live", lambda live=live: live)
         on_step = watch(lambda step, losses, model: curve(), every=2)
         for step in range(1, 5):
             on_step(step, torch.zeros(step), None)

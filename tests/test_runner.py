@@ -146,9 +146,12 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
     for name in ("helpers.py", "requirements.txt", "LICENSE", "data/x", "notebooks/plots.py"):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_text("")
-    (home / "notebooks" / "plots.mplstyle").write_text("")
+    for name in ("show.py", "plots.mplstyle"):
+        (home / "notebooks" / name).write_text("")
     run.main(["--student", str(tmp_path / "class")])
     handed = nbformat.read(tmp_path / "class" / NAME, as_version=4)
+    names = {path.name for path in (tmp_path / "class" / "notebooks").iterdir()}
+    assert names == {NAME.name, "plots.py", "show.py", "plots.mplstyle"}
     assert [cell.cell_type for cell in handed.cells] == ["markdown", "code", "code"]
     assert handed.cells[1].source == 'def double(x):\n    """Twice x."""\n    ...'
     assert not handed.cells[2].outputs

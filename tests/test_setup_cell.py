@@ -60,8 +60,10 @@ def test_a_path_of_another_machine_is_passed_over():
 
 def test_modules_of_another_project_are_forgotten(tmp_path):
     """One that is imported already, and one in the working directory."""
-    (tmp_path / "helpers.py").write_text("other = True\n")
-    here = f"import helpers\nassert helpers.other\n__vsc_ipynb_file__ = {str(FIRST)!r}\n"
+    for name in ("helpers", "show"):
+        (tmp_path / f"{name}.py").write_text("other = True\n")
+    imported = "import helpers, show\nassert helpers.other and show.other\n"
+    here = f"{imported}__vsc_ipynb_file__ = {str(FIRST)!r}\n"
     assert run(here + SETUP, tmp_path) == files_of(ROOT)
 
 
