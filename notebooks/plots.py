@@ -552,18 +552,12 @@ def flow_trajectories(ts, xs, t, limit=3.6):
     return fig
 
 
-def training_steps(losses, step, x, mixture, limit=3.4, floor=None):
-    """3(c): the losses up to a step, and points x (N, 2) that the network then generates.
-
-    floor: the least mean loss that any field has, drawn dashed with its name.
-    """
+def training_steps(losses, step, x, mixture, limit=3.4):
+    """3(c): the losses up to a step, and points x (N, 2) that the network then generates."""
     fig, (ax, plane) = _page(2.6, 2, width_ratios=(1.6, 1))
     ax.loglog(1 + torch.arange(len(losses)), losses, color=_GREY, alpha=0.4, linewidth=0.6)
     ax.loglog(1 + torch.arange(step), losses[:step], color=COLORS["model"], linewidth=0.8)
     ax.plot(max(step, 1), losses[max(step - 1, 0)], "o", color=COLORS["model"])
-    if floor is not None:
-        ax.axhline(floor, **_LEVEL, linewidth=0.9)
-        ax.text(1, 0.985 * floor, f"floor of the loss, exact: {floor:.2f}", va="top")
     ax.set(xlabel="step of training", ylabel="loss of one batch", xlim=(0.9, 1.3 * len(losses)))
     ax.set_yticks((2, 3, 4), ("2", "3", "4"))
     ax.minorticks_off()

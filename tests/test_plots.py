@@ -158,15 +158,6 @@ def test_loss_curve_is_the_running_mean(ax):
     assert list(steps) == list(range(3, 10))
 
 
-@pytest.mark.parametrize(("floor", "named"), [(None, []), (1.8142, ["1.81"])])
-def test_the_floor_of_a_training_is_drawn_with_its_name(floor, named, mixture):
-    fig = plots.training_steps(2 + torch.rand(30), 20, POINTS, mixture, floor=floor)
-    curves, _ = fig.axes
-    assert len(curves.lines) == 3 + len(named)
-    assert [text.get_text().split()[-1] for text in curves.texts] == named
-    plt.close(fig)
-
-
 def test_mosaic_places_the_images_row_by_row(ax):
     """Grey k in image k, a white line around each, white where no image is."""
     levels = torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.9])
