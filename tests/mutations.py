@@ -131,8 +131,16 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def first_failure(source):
-    """The first unit test that fails with this source of helpers.py, or None."""
+def own_tests(source, place):
+    """The files that test the section of helpers.py in which a place lies."""
+    section = re.findall(r"^# (\d)  ", source[:place], re.MULTILINE)[-1]
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{f.name}" for f in files if f.read_text().startswith(f'"""Section {section}:')]
+
+
+def first_failure(source, first=()):
+    """The first unit test that fails with this source of helpers.py, of the files `first` and
+    then of all, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("tests", "notebooks"):
@@ -141,15 +149,16 @@ def first_failure(source):
             shutil.copy(ROOT / name, copy / name)
         (copy / "data").symlink_to(ROOT / "data")
         (copy / "helpers.py").write_text(source)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
         guards = ("test_notebooks", "test_print", "test_runner")  # of the notebooks and figures
-        command += [*(f"--ignore=tests/{name}.py" for name in guards), "--tb=no"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if run.returncode == 0:
-        return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-    return found.group(1) if found else run.stdout[-300:]
+        rest = ["tests", *(f"--ignore=tests/{name}.py" for name in guards)]
+        options = {"cwd": copy, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+        for files in filter(None, (first, rest)):
+            run = subprocess.run([*command, *files], capture_output=True, **options)
+            if run.returncode:
+                found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+                return found.group(1) if found else run.stdout[-300:]
+    return None
 
 
 def main():
@@ -169,9 +178,10 @@ def main():
     if failure := first_failure(source):
         sys.exit(f"the tests fail without a fault: {failure}")
     faulty = [source.replace(*fault) for fault in chosen]
+    first = [own_tests(source, source.index(old)) for old, _ in chosen]
     survivors = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        for fault, killer in zip(chosen, pool.map(first_failure, faulty), strict=True):
+        for fault, killer in zip(chosen, pool.map(first_failure, faulty, first), strict=True):
             old, new = (" ".join(text.split()) for text in fault)
             print(
                 f"{'SURVIVED' if killer is None else 'noticed '} {old}  ->  {new}   {killer or ''}"

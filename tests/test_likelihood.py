@@ -1,4 +1,4 @@
-"""Divergence and likelihood of a flow, against closed forms."""
+"""Section 2: divergence and likelihood of a flow, against closed forms."""
 
 import gc
 import itertools
