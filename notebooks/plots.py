@@ -171,7 +171,7 @@ def solver_steps(fine_ts, fine, ts, xs):
     ax.plot(fine_ts, fine, color=COLORS["exact"], linewidth=0.8, label=f"{len(fine) - 1} steps")
     ax.plot(ts, xs, "o-", color=COLORS["model"], markersize=4, label=f"{len(xs) - 1} steps")
     ax.legend(loc="upper right", title="Euler–Maruyama, same noise")
-    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(0, 1), ylim=(-2.5, 4.5))
+    ax.set(xlabel="$t$", ylabel="$X_t$", xlim=(-0.02, 1.02), ylim=(0, 4.5))
     return fig
 
 
@@ -201,8 +201,9 @@ def brownian_refined(ts, x):
         right.semilogy(ts[1:], sums, color=COLORS[kind])
         right.text(0.98, y, name, color=COLORS[kind], ha="right", va="bottom")
     right.semilogy((0, 1), (1, 1), **_LEVEL, linewidth=0.8)
-    right.text(0.98, 1.1, "its limit at $t = 1$", ha="right", va="bottom")
-    right.set(xlabel="$t$", title="what the steps add up to", xlim=(0, 1), ylim=(0.02, 200))
+    right.text(0.98, 1.1, "limit of the squares at $t = 1$", ha="right", va="bottom")
+    right.set(xlabel="$t$", ylabel="sum up to $t$", title="what the steps add up to")
+    right.set(xlim=(0, 1), ylim=(0.02, 200))
     return fig
 
 
@@ -528,6 +529,7 @@ def broken_paths(rows, laws):
     fig, axes = _pictures(rows, 2.9, _WRONG)
     for ax, law in zip(axes[-1], laws, strict=True):
         _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
+    axes[-1, 0].set_ylabel(list(rows)[-1])
     return fig
 
 
@@ -577,9 +579,9 @@ def conditional_average(mixture, x, ends, place, field):
     plot_field(*place, axes[0], limit=2.9, color=COLORS["exact"], width=0.014, zorder=3, **full)
     plot_field(*field, axes[1], limit=2.9, color=COLORS["exact"], width=0.005, **full)
     axes[0].set_title("targets through one place, and their mean")
-    axes[1].set_title("the mean at every place: the marginal field")
+    axes[1].set_title("the mean at every place, $t = 0.5$: the marginal field")
     _corner(axes[0], "arrows end in\ntheir data point", COLORS["data"])
-    _corner(axes[0], "black: mean", y=0.03)
+    _corner(axes[0], "black: mean; grey: density of the data", y=0.03)
     return fig
 
 
@@ -696,6 +698,7 @@ def likelihood(side, densities, log_p, difference):
     axes[2].axhline(0, **_EXACT)
     axes[2].set_xlabel(r"$\log p_{\mathrm{data}}(x)$")
     axes[2].set_title(r"$\log p^\theta - \log p_{\mathrm{data}}$")
+    _corner(axes[1], "same colours", "white")
     return fig
 
 
@@ -711,8 +714,9 @@ def straighter(flows, numbers, distances, floor):
         axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
     axes[2].axhline(floor, **_LEVEL, linewidth=0.9)
     axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
-    axes[2].set_ylim(0.5 * floor)
+    _corner(axes[0], "dots: end points", y=0.03)
     axes[2].set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="distance to the data")
+    axes[2].set_ylim(0.5 * floor, 2)
     axes[2].set_xticks(numbers, [str(n) for n in numbers])
     axes[2].minorticks_off()
     return fig
@@ -772,21 +776,21 @@ def unet():
         _box(ax, x, y, 1.14, text, color)
         x += -0.36 if x < 3 else 0.1
         _arrow(ax, (x, 1.5), (x, y - 0.21), color=time, ls="dotted")
-    for k, text in enumerate(("conv, stride 2", "conv, stride 2", "conv, ×2", "conv, ×2")):
+    for k, text in enumerate(("conv, stride 2", "conv, stride 2", "conv, up ×2", "conv, up ×2")):
         low, high = (xs[k], ys[k]), (xs[k + 1], ys[k + 1])
         if k < 2:
             _arrow(ax, (low[0] + 0.25, low[1] - 0.21), (high[0] - 0.57, high[1]))
-            ax.text(high[0] - 0.86, high[1] - 0.02, text, ha="right", va="center", fontsize=7)
+            ax.text(high[0] - 0.86, high[1] - 0.02, text, ha="right", va="center", fontsize=8)
         else:
             _arrow(ax, (low[0] + 0.57, low[1]), (high[0] - 0.25, high[1] - 0.21))
-            ax.text(high[0] - 0.42, low[1] + 0.03, text, va="center", fontsize=7)
+            ax.text(high[0] - 0.42, low[1] + 0.03, text, va="center", fontsize=8)
     _box(ax, 0.93, 3.8, 1.76, "noisy image: conv 3×3, 1 → 32", "white", 0.3)
     _box(ax, 5.57, 3.8, 1.76, "norm, SiLU, conv 3×3, 32 → 1", "white", 0.3)
     _arrow(ax, (xs[0], 3.65), (xs[0], 3.36))
     _arrow(ax, (xs[4], 3.36), (xs[4], 3.65))
     for k in (0, 1):
         _arrow(ax, (xs[k] + 0.57, ys[k]), (xs[4 - k] - 0.57, ys[k]), ls="dashed")
-        ax.text(3.25, ys[k] + 0.05, "skip, concatenated", ha="center", fontsize=7.5)
+        ax.text(3.25, ys[k] + 0.05, "skip, concatenated", ha="center", fontsize=8.5)
     text = "time $t$ → sines, cosines → MLP: the embedding, into all eleven residual layers"
     _box(ax, 3.25, 1.36, 6.2, text, "#dcecf8", 0.28)
     chain = ("norm, SiLU,\nconv 3×3", "norm", "× (1 + scale)\n+ shift", "SiLU,\nconv 3×3")
@@ -801,7 +805,7 @@ def unet():
     ax.plot((0.45, 0.45, 5.72), (0.5, 0.22, 0.22), color="0.3", lw=0.9)
     _arrow(ax, (5.72, 0.22), (5.72, 0.52))
     text = "one residual layer: its input takes the bypass and is added"
-    ax.text(3.25, 0.1, text, ha="center", fontsize=7.5)
+    ax.text(3.25, 0.1, text, ha="center", fontsize=8.5)
     return fig
 
 
@@ -889,11 +893,12 @@ def sigma_sweep(names, rows, floor):
     looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True)
     for (steps, (sets, noise)), color, shift in looks:
         places, means = torch.arange(len(names)) + shift, [v.mean() for v in sets]
-        bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in sets]
-        _dots(axes[0], places, means, bars, color, label=f"{steps} steps")
+        bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in sets]
+        axes[0].plot(places, means, "o", color=color, markersize=4, label=f"{steps} steps")
+        axes[0].errorbar(places, means, bars, fmt="none", color=color)
         axes[1].plot(places, noise, "o", color=color, markersize=4)
     axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
-    axes[0].text(6.4, floor[0], "grey: real images", ha="right", va="top", color=_NOTE)
+    axes[0].text(6.4, 1.1 * floor[0], "grey: real images", ha="right", va="bottom", color=_NOTE)
     for ax, name in zip(axes, ("squared Fréchet distance", "noise in the corners"), strict=True):
         ax.set_xticks(range(len(names)), names)
         ax.set(xlabel=r"$\sigma_t$", ylabel=name, yscale="log")
@@ -906,14 +911,14 @@ def last_steps(cases, results, predicted):
     """5(b): {sigma: {number of last steps: (values, bars)}} for the cases; {sigma: one kick}."""
     fig, axes = _page(2.7, len(results), sharey=True)
     for ax, (sigma, groups) in zip(axes, results.items(), strict=True):
-        looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (0.12, -0.12), strict=True)
+        looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (-0.12, 0.12), strict=True)
         for (count, (values, bars)), color, shift in looks:
             name = f"last {count} steps" if count > 1 else "last step"
             _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, label=name)
         ax.axhline(predicted[sigma], **_LEVEL, linewidth=0.8)
         ax.text(-0.4, 0.85 * predicted[sigma], "one kick, $\\sigma$√$h$", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
-        ax.set_xlabel("what is left on in the last steps")
+        ax.set_xlabel("what stays on in the last steps")
         ax.set_xticks(range(4), cases)
     axes[0].set_ylabel("noise in the corners")
     axes[0].legend(loc="lower left")
@@ -923,7 +928,7 @@ def last_steps(cases, results, predicted):
 def two_regimes(counts, left, seen):
     """Deeper: noise left by steps, of a point mass {sigma: (N,)}, of images {(sigma, n): noise}."""
     fig, ax = _page(2.9)
-    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(left)).tolist())
+    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.7, len(left)).tolist())
     for (sigma, values), color in zip(left.items(), colors, strict=True):
         ax.plot(counts, values, color=color)
         last = [i for i, value in enumerate(values) if value < 60][-1]
@@ -957,9 +962,10 @@ def which_sigma(t, curves, factors):
     """Deeper: {name: sigma_t (N,)} over t, and of each the factor of an error in the bound."""
     fig, (left, right) = _page(2.6, 2)
     colors = COLORS["model"], COLORS["data"], COLORS["noise"], "#CC79A7"
-    for (name, curve), color in zip(curves.items(), colors, strict=True):
-        left.plot(t, curve, color=color, label=name)
-        right.semilogy(t, factors[name], color=color)
+    looks = zip(curves.items(), colors, ("-", "--", "-.", ":"), strict=True)
+    for (name, curve), color, line in looks:
+        left.plot(t, curve, line, color=color, label=name)
+        right.semilogy(t, factors[name], line, color=color)
     left.set(xlabel="$t$", ylabel=r"$\sigma_t$", ylim=(0, 4), xlim=(0, 1))
     left.legend(loc="upper right")
     right.set(xlabel="$t$", ylabel="weight of an error,\nrelative to the best")

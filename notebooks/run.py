@@ -18,6 +18,7 @@ import ast
 import asyncio
 import copy
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -177,7 +178,9 @@ def student(notebook):
         if not {"answer", "derivation"} & set(cell.metadata.get("tags", []))
     ]
     for cell in notebook.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "markdown":  # the badge would open the solved notebook
+            cell.source = re.sub(r"^\[!\[Open in Colab\].*\n*", "", cell.source, flags=re.MULTILINE)
+        else:
             cell.outputs, cell.execution_count = [], None
             if "exercise" in cell.metadata.get("tags", []):
                 cell.source = emptied(cell.source)

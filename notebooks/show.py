@@ -63,7 +63,8 @@ def save_animation(frames, name, *, milliseconds):
 
 
 def save_table(rows, name, caption):
-    """Print a table, and write it as <name>.tex (booktabs) and <name>.csv beside the figures.
+    """Print a table; write it beside the figures as <name>.csv, and as <name>.tex, a `table`
+    environment (booktabs) with its caption and the label tab:<name>.
 
     rows: dicts of one set of keys, the titles of the columns; cells are text or numbers, and
     mathematics is between dollar signs.
@@ -76,9 +77,11 @@ def save_table(rows, name, caption):
     for line in lines:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
     head, *body = [" & ".join(to_latex(cell) for cell in line) for line in lines]
-    tex = ["% " + caption, rf"\begin{{tabular}}{{{'r' * len(widths)}}}", r"\toprule"]
+    tex = [r"\begin{table}", r"\centering", rf"\caption{{{to_latex(caption)}}}"]
+    tex += [rf"\label{{tab:{name.replace('_', '-')}}}"]
+    tex += [rf"\begin{{tabular}}{{l{'r' * (len(widths) - 1)}}}", r"\toprule"]
     tex += [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body), r"\bottomrule"]
-    text = "\n".join([*tex, r"\end{tabular}", ""])
+    text = "\n".join([*tex, r"\end{tabular}", r"\end{table}", ""])
     sheet = io.StringIO()
     csv.writer(sheet, lineterminator="\n").writerows(lines)
     _write_figures({f"{name}.tex": text.encode(), f"{name}.csv": sheet.getvalue().encode()})
@@ -89,7 +92,7 @@ def to_latex(text):
     parts = text.split("$")
     for i in range(0, len(parts), 2):
         part = re.sub(r"([%&#_])", r"\\\1", parts[i].replace("\\", r"\textbackslash "))
-        part = part.replace("\N{MINUS SIGN}", "$-$")
+        part = re.sub(r"\N{MINUS SIGN}|(?<!\S)-(?=\d)", "$-$", part)
         parts[i] = re.sub(r"`([^`]*)`", r"\\texttt{\1}", part)
     return "$".join(parts)
 

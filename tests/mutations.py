@@ -150,7 +150,7 @@ def first_failure(source, first=()):
         (copy / "data").symlink_to(ROOT / "data")
         (copy / "helpers.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
-        guards = ("test_notebooks", "test_print", "test_runner")  # of the notebooks and figures
+        guards = ("test_notebooks", "test_print", "test_runner", "test_setup_cell")  # of notebooks
         rest = ["tests", *(f"--ignore=tests/{name}.py" for name in guards)]
         options = {"cwd": copy, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
         for files in filter(None, (first, rest)):

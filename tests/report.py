@@ -1,4 +1,4 @@
-"""A report of all figures, compiled: python tests/report.py [DIR]   (DIR: build/report).
+"""A report of all figures and tables, compiled: python tests/report.py [DIR]   (DIR: build/report).
 
 Needs pdflatex (Debian: texlive-latex-recommended). Fails where LaTeX does, and where a figure
 or its caption is wider than the page. `pdftoppm -r 150 -png report.pdf page` shows the pages.
@@ -24,7 +24,7 @@ def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     figures = ROOT / "figures"
     body = (figures / "figures.tex").read_text(encoding="utf-8").replace("\n\n", "\n\\clearpage\n")
-    tables = [path.read_text(encoding="utf-8") for path in sorted(figures.glob("*_table.tex"))]
+    tables = [path.read_text(encoding="utf-8") for path in sorted(figures.glob("[0-9b]*_*.tex"))]
     report = folder / "report.tex"
     text = HEAD % figures + body + "\n\n".join(tables) + "\n\\end{document}\n"
     report.write_text(text, encoding="utf-8")

@@ -128,7 +128,9 @@ def test_a_page_folds_the_hidden_cells(home):
 
 def hand_out_example():
     cells = [
-        new_markdown_cell("### Question 1 (a) (1 point)"),
+        new_markdown_cell(
+            "# 01\n\n[![Open in Colab](badge)](solved)\n\n### Question 1 (a) (1 point)"
+        ),
         new_markdown_cell("**Answer.** 42", metadata={"tags": ["answer"]}),
         new_markdown_cell("**Derivation.** QED", metadata={"tags": ["derivation"]}),
         new_code_cell(EXERCISE, metadata={"tags": ["exercise"]}),
@@ -153,6 +155,7 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
     names = {path.name for path in (tmp_path / "class" / "notebooks").iterdir()}
     assert names == {NAME.name, "plots.py", "show.py", "plots.mplstyle"}
     assert [cell.cell_type for cell in handed.cells] == ["markdown", "code", "code"]
+    assert handed.cells[0].source == "# 01\n\n### Question 1 (a) (1 point)"  # without the badge
     assert handed.cells[1].source == 'def double(x):\n    """Twice x."""\n    ...'
     assert not handed.cells[2].outputs
     for solution, mark in ((None, "✗"), (EXERCISE, "✓")):
