@@ -579,7 +579,7 @@ def conditional_average(mixture, x, ends, place, field):
     plot_field(*place, axes[0], limit=2.9, color=COLORS["exact"], width=0.014, zorder=3, **full)
     plot_field(*field, axes[1], limit=2.9, color=COLORS["exact"], width=0.005, **full)
     axes[0].set_title("targets through one place, and their mean")
-    axes[1].set_title("the mean at every place, $t = 0.5$: the marginal field")
+    axes[1].set_title("the mean everywhere, $t = 0.5$: the field")
     _corner(axes[0], "arrows end in\ntheir data point", COLORS["data"])
     _corner(axes[0], "black: mean; grey: density of the data", y=0.03)
     return fig
