@@ -85,7 +85,9 @@ def test_ctrl_c_ends_with_a_line_and_leaves_the_file(home):
     """As a terminal sends it: to the runner and to its kernel."""
     nbformat.write(small("import time\nprint('waiting')\ntime.sleep(60)"), home / NAME)
     before = (home / NAME).read_bytes()
-    start = f"import sys; sys.path.insert(0, {str(Path(run.__file__).parent)!r}); import run; "
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    # a shell starts what runs in the background, these tests for instance, with Ctrl-C ignored
+    start += f"import sys; sys.path.insert(0, {str(Path(run.__file__).parent)!r}); import run; "
     start += f"from pathlib import Path; run.HERE = Path({str(home / 'notebooks')!r}); run.main([])"
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = os.environ | {"FLOW_OUTPUT": str(home / "build")}
