@@ -1209,9 +1209,10 @@ def train(
     FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
     that is damaged or of another run.
     """
-    name = getattr(loss, "func", loss)  # of a partial, that of its function
+    named = getattr(loss, "func", loss)  # a partial has the name of its function
     options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
-    options |= dict(decay=decay, clip=clip, loss=getattr(name, "__qualname__", str(type(name))))
+    loss_name = getattr(named, "__qualname__", type(named).__qualname__)
+    options |= {"decay": decay, "clip": clip, "loss": loss_name}
     run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype)
     if checkpoint is not None and Path(checkpoint).exists():
         run.restore(checkpoint)
@@ -1435,6 +1436,12 @@ def _existing_file(name, kind, remedy):
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 
+def _announce(path):
+    """Say where a file comes from that is not a committed one."""
+    if DATA not in path.parents:
+        print(f"using {path}")
+
+
 def _read_weights(name):
     remedy = f"make it by running the notebook that trains {name} with FLOW_RETRAIN={name}"
     path = _existing_file(f"{name}.pt", "weights", remedy)
@@ -1478,8 +1485,7 @@ def load_weights(model, name, *, expect=None):
     differs (naming it), or if the weights do not fit the model.
     """
     path, content = _read_weights(name)
-    if DATA not in path.parents:
-        print(f"using {path}")
+    _announce(path)
     for field, value in (expect or {}).items():
         found = content["record"]["config"].get(field)
         if found != value:
@@ -1547,8 +1553,7 @@ def load_record(name):
     """
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
     path = _existing_file(f"{name}.json", "records", remedy)
-    if DATA not in path.parents:
-        print(f"using {path}")
+    _announce(path)
     content = json.loads(path.read_text())
     for network, made_with in content["weights"].items():
         if fingerprint(network) != made_with:

@@ -58,8 +58,7 @@ def precision_recall(real, generated, k=3):
     2019, eq. 1). Perfect samples do not reach 1: compare with the value of real ones.
     Raises ValueError unless 1 <= k < N and M.
     """
-    real, generated = (x.detach().cpu().double() for x in (real, generated))
-    real, generated = real - real.mean(dim=0), generated - real.mean(dim=0)  # nothing cancels
+    real, generated = helpers._check_samples(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
         raise ValueError(f"need 1 <= k < N and M, got {k}, {len(real)} and {len(generated)}")
 
@@ -132,9 +131,8 @@ def sample(solve, n, device, dtype, seed=SEED):
 
 def save(name, networks, rows, device, **settings):
     """Write a record: its settings, the machine, and one row for each case."""
-    save_record(
-        name, networks, {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
-    )
+    content = {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
+    save_record(name, networks, content)
 
 
 def save_record(name, networks, content):
@@ -385,7 +383,7 @@ def evaluate_places(judge, device, n=32, reference=128):
 
 def sample_finely(velocity, n, device, dtype):
     """n samples with 64 evaluations of Heun's method, with shorter steps near t = 1."""
-    ts = 1 - (1 - helpers.time_grid(32)) ** 1.5
+    ts = helpers.sampling_grid(32)
     return sample(lambda x0, generator: helpers.heun(velocity, x0, ts), n, device, dtype)
 
 
