@@ -1,6 +1,7 @@
 """notebooks/run.py on small notebooks: into build/ or in place, faults, pages, handing out."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,18 +172,37 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
         assert said(run.execute(home / NAME))[1].startswith(f"{mark} double doubles")
 
 
+def uses(notebook):
+    """Each exercise, and the other cells of code that name it."""
+    code = [(i, c) for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
+    exercises = {i: c.source for i, c in code if "exercise" in c.metadata.get("tags", [])}
+    names = [re.search(r"^(?:def|class) (\w+)", s, re.MULTILINE)[1] for s in exercises.values()]
+    others = [(i, c.source) for i, c in code if i not in exercises]
+    return {name: [i for i, s in others if re.search(rf"\b{name}\b", s)] for name in names}
+
+
+@pytest.mark.parametrize("path", sorted(run.HERE.glob("*.ipynb")), ids=lambda path: path.stem[:2])
+def test_a_notebook_needs_an_exercise_for_its_claim_only(path):
+    """So the student version runs to its end wherever the whole notebook does."""
+    notebook = nbformat.read(path, as_version=4)
+    for name, cells in uses(notebook).items():
+        assert len(cells) == 1, name
+        assert re.search(r"claim\(\s*\".* agree", notebook.cells[cells[0]].source), name
+
+
 @pytest.mark.parametrize("number", ["01", "02"])  # the others take minutes: run.py --student
-def test_the_student_version_of_a_notebook_runs_to_its_end(number):
-    """With ✗ where an exercise is empty, and nowhere else."""
+def test_the_student_version_of_a_notebook_has_a_cross_for_each_exercise(number):
+    """As far as the last of them; with ✗ where one is empty, and nowhere else."""
     (path,) = run.HERE.glob(f"{number}_*.ipynb")
     whole = nbformat.read(path, as_version=4)
-    tags = [cell.metadata.get("tags", []) for cell in whole.cells]
+    last = max(cell for cells in uses(whole).values() for cell in cells)
+    whole.cells = whole.cells[: last + 1]
     with tempfile.TemporaryDirectory() as folder:
         write = Path(folder) / path.name
         nbformat.write(run.student(whole), write)
         texts = said(run.execute(write))
     crosses = [line for text in texts for line in text.splitlines() if line.startswith("✗")]
-    exercises = sum("exercise" in tag for tag in tags)
+    exercises = len(uses(whole))
     assert exercises - 1 <= len(crosses) <= exercises, crosses  # two may share a claim
 
 
