@@ -26,8 +26,7 @@ D is (2,) in the plane, (1, 28, 28) for images and () for a scalar process. Imag
 
 Environment: FLOW_DEVICE picks the device; FLOW_RETRAIN, "1" or names of networks, trains
 instead of loading; FLOW_PROGRESS=0 hides progress bars; FLOW_OUTPUT, build/ by default, is
-where new figures, weights and records go.
-"""
+where new figures, weights and records go."""
 
 import contextlib
 import functools
@@ -64,9 +63,7 @@ DATA = ROOT / "data"
 
 def pick_device():
     """Return the device named by FLOW_DEVICE, else cuda, else mps, else cpu.
-
-    Raises ValueError if FLOW_DEVICE names a device that this machine does not have.
-    """
+    Raises ValueError if FLOW_DEVICE names a device that this machine does not have."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -99,10 +96,8 @@ def show_source(*objects):
 
 def claim(text, check):
     """Print the text with a tick, or with a cross and "not with these values". Never raises.
-
     check: a bool, a tensor of one bool, or a function of no arguments that returns one. An
-    exception in it, or anything that is not a bool, is a cross too.
-    """
+    exception in it, or anything that is not a bool, is a cross too."""
     try:
         value = check() if callable(check) else check
         holds = getattr(value, "item", lambda: value)() is True
@@ -128,10 +123,8 @@ def write_atomically(path, content):
 
 def output_folder(kind):
     """Where new files of a kind go, "figures", "weights" or "records": below FLOW_OUTPUT.
-
     FLOW_OUTPUT is build/ by default, on Colab outside the clone; the root of the repository
-    means the committed folders.
-    """
+    means the committed folders."""
     default = Path("/content") if "google.colab" in sys.modules else ROOT
     base = Path(os.environ.get("FLOW_OUTPUT") or default / "build").expanduser().absolute()
     return (base if kind == "figures" or base != ROOT else DATA) / kind
@@ -161,9 +154,7 @@ def sampling_grid(n):
 
 def check_like(value, target, what):
     """Return value, what the function or network named `what` gave, if it is shaped as target.
-
-    Raises ValueError for any other shape, which would broadcast, and for no tensor at all.
-    """
+    Raises ValueError for any other shape, which would broadcast, and for no tensor at all."""
     shape = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
     if shape != tuple(target.shape):
         raise ValueError(f"{what} must return shape {tuple(target.shape)}, got {shape}")
@@ -232,8 +223,7 @@ def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False
     Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
     Strong order 1/2; order 1 here, where the noise is additive (sigma depends on t only).
     Raises ValueError if ts does not increase, x0 is not finite or of another type, or a shape
-    returned by drift or diffusion is wrong.
-    """
+    returned by drift or diffusion is wrong."""
     x0, ts = _check_simulation(x0, ts)
 
     def step(x, t, t_next, h):
@@ -255,8 +245,7 @@ def heun(velocity, x0, ts, *, trajectory=False):
     x0: (B, *D), float32 or float64. ts: (N+1,), strictly increasing or strictly decreasing.
     velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too.
     Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
-    Raises ValueError as euler_maruyama does.
-    """
+    Raises ValueError as euler_maruyama does."""
     x0, ts = _check_simulation(x0, ts, decreasing_too=True)
 
     def step(x, t, t_next, h):
@@ -274,8 +263,7 @@ def adams_bashforth2(velocity, x0, ts, *, trajectory=False):
 
     x + h (u + (u - u_before) h / (2 h_before)), after a first step of Euler's method (Hairer,
     Norsett & Wanner 1993, section III.5). Arguments, result and errors as for heun, but the
-    velocity is evaluated once a step, and not at ts[-1].
-    """
+    velocity is evaluated once a step, and not at ts[-1]."""
     x0, ts = _check_simulation(x0, ts, decreasing_too=True)
     before = None  # the slope and the length of the step before
 
@@ -297,8 +285,7 @@ def divergence(velocity, x, t, probes=None):
     Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of
     mean 0 and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
     Hutchinson's unbiased estimate, at the cost of K gradients. Also under torch.inference_mode.
-    Raises ValueError for wrong shapes and for a field that autograd cannot see through.
-    """
+    Raises ValueError for wrong shapes and for a field that autograd cannot see through."""
     return _with_divergence(velocity, x, t, probes)[1]
 
 
@@ -333,8 +320,7 @@ def log_likelihood(velocity, x, ts, *, probes=None):
 
     log p(x) = log N(X_0; 0, I) - int div u_t(X_t) dt along the trajectory that ends in x, by
     Heun's method backwards (Chen et al. 2018, eq. 8). x (B, *D); ts increasing, (N+1,);
-    probes: as for divergence, the same at all times (Grathwohl et al. 2019).
-    """
+    probes: as for divergence, the same at all times (Grathwohl et al. 2019)."""
     x, ts = _check_simulation(x, ts)  # increasing: the way back is taken here
 
     def augmented(state, t):
@@ -349,10 +335,8 @@ def log_likelihood(velocity, x, ts, *, probes=None):
 
 def sde_drift(velocity, score, diffusion):
     """The drift u + (sigma^2 / 2) s of the SDE that keeps the marginals p_t (eq. 3).
-
     velocity, score: (x, t) -> like x. diffusion: a number, or t (B,) -> (B,).
-    With the number 0 the velocity is returned and the score never evaluated.
-    """
+    With the number 0 the velocity is returned and the score never evaluated."""
     if not callable(diffusion) and _diffusion_at(diffusion, None, None) == 0:
         return velocity
 
@@ -366,10 +350,8 @@ def sde_drift(velocity, score, diffusion):
 
 def ou_moments(x0, t, theta, sigma):
     """Mean and variance of the Ornstein-Uhlenbeck process dX = -theta X dt + sigma dW, X_0 = x0.
-
     mean = x0 exp(-theta t); variance = sigma^2 (1 - exp(-2 theta t)) / (2 theta), which is
-    sigma^2 t for theta = 0. Numbers or tensors; everything broadcasts.
-    """
+    sigma^2 t for theta = 0. Numbers or tensors; everything broadcasts."""
     values = (x0, t, theta, sigma)
     dtypes = [v.dtype for v in values if torch.is_tensor(v) and v.is_floating_point()]
     dtype = functools.reduce(torch.promote_types, dtypes or [torch.get_default_dtype()])
@@ -388,8 +370,7 @@ class GaussianMixture:
 
     means (K, D); stds (K,), positive; weights (K,), positive, default equal (normalised).
     With z from the mixture, x_t = alpha z + beta eps is a mixture too, so that p_t, its score
-    and its velocity have closed forms. Points x are (B, D).
-    """
+    and its velocity have closed forms. Points x are (B, D)."""
 
     def __init__(self, means, stds, weights=None):
         self.means = torch.as_tensor(means)
@@ -465,17 +446,13 @@ class GaussianMixture:
 
     def velocity(self, x, t, scheduler):
         """The exact marginal velocity u_t(x) = E[alpha_dot z + beta_dot eps | x_t = x], (B, D).
-
-        t: (B,), in [0, 1]; finite at both ends.
-        """
+        t: (B,), in [0, 1]; finite at both ends."""
         posterior, mean, _ = self._velocity_moments(x, t, scheduler)
         return (posterior * mean).sum(dim=1)
 
     def velocity_variance(self, x, t, scheduler):
         """Var(u_t(x | z) | x_t = x), summed over the D dimensions, (B,).
-
-        Its mean over t and x_t, divided by D, is the least value of flow_matching_loss.
-        """
+        Its mean over t and x_t, divided by D, is the least value of flow_matching_loss."""
         posterior, mean, spread = self._velocity_moments(x, t, scheduler)
         average = (posterior * mean).sum(dim=1, keepdim=True)
         between = (posterior * (mean - average).square()).sum(dim=(1, 2))
@@ -488,8 +465,7 @@ def empirical_velocity(data, x, t, scheduler):
     It is u_t(x | z) at z = E[z | x_t = x], the mean of the data weighted by the softmax of
     -|x - alpha z|^2 / (2 beta^2): what flow_matching_loss on these data is minimised by.
     data (N, *D), points or images in the model's range; x (B, *D); t (B,), in [0, 1): where
-    beta = 0 the weights are 0/0, and the result is NaN. Raises ValueError for wrong shapes.
-    """
+    beta = 0 the weights are 0/0, and the result is NaN. Raises ValueError for wrong shapes."""
     if not len(data) or data.shape[1:] != x.shape[1:]:
         shapes = f"{tuple(data.shape)} and {tuple(x.shape)}"
         raise ValueError(f"data must be (N, *D) and x (B, *D), got {shapes}")
@@ -532,18 +508,14 @@ def _sample_inside(inside, n, generator):
 
 def silhouette(name, n, *, generator=None):
     """Draw n points, (n, 2), uniformly from a drawing in [-1.3, 1.3]^2: "cat" or "dog".
-
-    Raises ValueError for another name.
-    """
+    Raises ValueError for another name."""
     return _sample_inside(functools.partial(inside_silhouette, name), n, generator)
 
 
 def lettering(text, n, *, generator=None):
     """Draw n points, (n, 2), uniformly from a word in bold letters, as wide as [-1.3, 1.3].
-
     The letters are matplotlib's TextPath, centred, their holes left out by the even-odd rule;
-    one that would be higher than wide is as high as that. Raises ValueError for a blank text.
-    """
+    one that would be higher than wide is as high as that. Raises ValueError for a blank text."""
     from matplotlib.textpath import TextPath
 
     if not text.strip():
@@ -594,8 +566,7 @@ def load_fashion_mnist(split="train"):
     Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train" and
     10 000 for "test". The files are verified by SHA-256; the clone may be read-only.
     Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the split
-    is unknown.
-    """
+    is unknown."""
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     from torchvision.datasets import FashionMNIST  # slow import, needed for images only
@@ -686,9 +657,7 @@ class PolynomialScheduler:
 
 class FunctionScheduler:
     """A schedule made of two functions of t, with their derivatives: for experiments.
-
-    alpha, beta: (t) -> like t, of torch operations. Not checked; see check_scheduler.
-    """
+    alpha, beta: (t) -> like t, of torch operations. Not checked; see check_scheduler."""
 
     def __init__(self, alpha, beta):
         self.alpha, self.beta = alpha, beta
@@ -720,8 +689,7 @@ def check_scheduler(scheduler):
 
     Ends alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, alpha increasing and beta decreasing,
     derivatives finite on all of [0, 1] and equal to those of alpha and beta.
-    Raises ValueError naming the property that fails; returns the scheduler.
-    """
+    Raises ValueError naming the property that fails; returns the scheduler."""
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
     for name, at_ends, sign in (("alpha", (0.0, 1.0), 1), ("beta", (1.0, 0.0), -1)):
@@ -757,8 +725,7 @@ class GaussianPath:
 
     scheduler: an object with alpha, beta, alpha_dot and beta_dot. Throughout, x, z and eps
     are (B, *D) and t is (B,), in [0, 1]; results are like x. Raises ValueError for another
-    shape of t, for shapes of x and z that differ, and for times outside [0, 1].
-    """
+    shape of t, for shapes of x and z that differ, and for times outside [0, 1]."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
@@ -795,9 +762,7 @@ class GaussianPath:
 
     def velocity_to_score(self, u, x, t):
         """s = (alpha u - alpha_dot x) / (beta (alpha_dot beta - alpha beta_dot)), t < 1.
-
-        For the linear schedule (t u - x) / (1 - t). 0/0 where alpha_dot = 0 at t = 0.
-        """
+        For the linear schedule (t u - x) / (1 - t). 0/0 where alpha_dot = 0 at t = 0."""
         alpha, beta, alpha_dot, beta_dot = self._coefficients(x, u, t)
         return (alpha * u - alpha_dot * x) / (beta * (alpha_dot * beta - alpha * beta_dot))
 
@@ -819,10 +784,8 @@ class GaussianPath:
 
 def reschedule(velocity, scheduler):
     """The velocity of another scheduler from one of the linear path, without retraining.
-
     With c = alpha + beta and s = alpha / c, x_t = c x'_s, where x' is the linear path; so
-    u_t(x) = c_dot x / c + c s_dot u'_s(x / c). Any path of the form alpha z + beta eps.
-    """
+    u_t(x) = c_dot x / c + c s_dot u'_s(x / c). Any path of the form alpha z + beta eps."""
 
     def rescheduled(x, t):
         alpha, beta = scheduler.alpha(t), scheduler.beta(t)
@@ -845,8 +808,7 @@ class MLP(nn.Module):
 
     `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3.
     octaves: sines and cosines of x at pi, 2 pi, 4 pi, ..., so many frequencies, are inputs too.
-    time_input: a function (B,) -> (B,), whose value is the input in place of t.
-    """
+    time_input: a function (B,) -> (B,), whose value is the input in place of t."""
 
     def __init__(self, dim=2, hidden=64, layers=4, octaves=0, time_input=None):
         super().__init__()
@@ -870,10 +832,8 @@ class MLP(nn.Module):
 
 class ResidualLayer(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))) with the time in the second norm (figure 1).
-
     The time embedding becomes a scale and a shift of the second norm. The last convolution
-    starts at zero, so that a fresh layer is the identity. x (B, C, H, W), embedding (B, E).
-    """
+    starts at zero, so that a fresh layer is the identity. x (B, C, H, W), embedding (B, E)."""
 
     def __init__(self, channels, embedding):
         super().__init__()
@@ -917,8 +877,7 @@ class UNet(nn.Module):
     Decoder: upsampling, the skip concatenated and mixed by a 1x1 convolution, then two
     residual layers. Resolution 28 -> 14 -> 7; H and W must be multiples of 4. With
     num_classes > 0, labels (B,) are integers below num_classes; num_classes itself is the
-    null label, which also stands for labels=None.
-    """
+    null label, which also stands for labels=None."""
 
     def __init__(self, channels=(32, 64, 128), in_channels=1, num_classes=0, embedding=128):
         super().__init__()
@@ -990,10 +949,8 @@ class UNet(nn.Module):
 
 def guided_velocity(model, labels, guidance):
     """Classifier-free guidance u(x) + w (u(x | y) - u(x)) as a velocity (Ho & Salimans 2022).
-
     model: a UNet, (x, t, labels); labels y (B,); guidance w, a number or one a sample, (B,):
-    1 is the conditional velocity. Two evaluations, in one batch.
-    """
+    1 is the conditional velocity. Two evaluations, in one batch."""
 
     def velocity(x, t):
         both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
@@ -1009,9 +966,7 @@ def guided_velocity(model, labels, guidance):
 
 class NoiseScore(nn.Module):
     """Score model s = -eps_hat / beta around a network that predicts the noise.
-
-    From s_t(x) = -E[eps | x_t = x] / beta_t (question 5a). Infinite at t = 1, where beta = 0.
-    """
+    From s_t(x) = -E[eps | x_t = x] / beta_t (question 5a). Infinite at t = 1, where beta = 0."""
 
     def __init__(self, net, path):
         super().__init__()
@@ -1043,8 +998,7 @@ def flow_matching_loss(model, z, path, *, source=None, times=None, generator=Non
     One draw of t and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al. 2023,
     eq. 9). source (B, *D) replaces eps: a flow from data to data. times: a sampler
     (n, generator) -> t (n,); uniform on [0, 1) if None. Returns a scalar, the mean over the
-    batch of the squared error per dimension. ValueError if the model's output is not like x.
-    """
+    batch of the squared error per dimension. ValueError if the model's output is not like x."""
     t = _draw_times(z, times, generator)
     eps = _randn_like(z, generator) if source is None else source
     target = path.velocity_target(z, t, eps)
@@ -1057,8 +1011,7 @@ def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=
 
     weighted: w = beta^2, so that the loss is |beta s + eps|^2, finite, with the minimiser of
     the assignment's w = 1, whose expectation is infinite (question 5a). z (B, *D), times and
-    the result as for flow_matching_loss.
-    """
+    the result as for flow_matching_loss."""
     t, eps = _draw_times(z, times, generator), _randn_like(z, generator)
     beta = path.scheduler.beta(expand_like(t, z))
     residual = beta * check_like(model(path.sample(z, t, eps), t), eps, "the score model") + eps
@@ -1067,10 +1020,8 @@ def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=
 
 def image_batches(images, size, labels=None):
     """Return sample_batch(generator) -> (size, 1, 28, 28) in [-1, 1], drawn with replacement.
-
     images: uint8 (N, 1, 28, 28), on the generator's device. With labels (N,), a batch is the
-    pair of images and their labels.
-    """
+    pair of images and their labels."""
 
     def sample_batch(generator):
         index = torch.randint(len(images), (size,), generator=generator, device=images.device)
@@ -1089,10 +1040,8 @@ def learning_rate(step, steps, peak, warmup, decay=True):
 
 def choose_dtype(model, device):
     """The fastest safe autocast dtype for training: "float32", "bfloat16" or "float16".
-
     Only convolutions are worth it. bfloat16 where the hardware has units for it (CPU:
-    AVX512-BF16 or AMX; CUDA: compute capability 8.0), float16 on older CUDA devices.
-    """
+    AVX512-BF16 or AMX; CUDA: compute capability 8.0), float16 on older CUDA devices."""
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return "float32"
     if device.type == "cuda":
@@ -1104,10 +1053,8 @@ def choose_dtype(model, device):
 
 def orthogonalize(matrices, dtype=torch.float32):
     """Nearly the nearest semi-orthogonal matrices to (K, m, n), by five Newton-Schulz steps.
-
     U S V^T becomes U S' V^T with S' in about [0.7, 1.2] (Jordan et al. 2024, whose
-    coefficients these are). dtype: of the products; bfloat16 is enough.
-    """
+    coefficients these are). dtype: of the products; bfloat16 is enough."""
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
@@ -1119,10 +1066,8 @@ def orthogonalize(matrices, dtype=torch.float32):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised steps, for convolution kernels (Jordan et al. 2024).
-
     A kernel (out, in, k, k) is the matrix (out, in k k); its step is the Nesterov momentum,
-    orthogonalised, times lr sqrt(max(1, rows / columns)). Kernels of one shape go together.
-    """
+    orthogonalised, times lr sqrt(max(1, rows / columns)). Kernels of one shape go together."""
 
     def __init__(self, parameters, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -1207,8 +1152,7 @@ def train(
     have in common with the run. log: a dict that receives "seconds", "dtype" and "runs", where
     each part was made. on_step(step, losses, model) is called after every step. Raises
     FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
-    that is damaged or of another run.
-    """
+    that is damaged or of another run."""
     named = getattr(loss, "func", loss)  # a partial has the name of its function
     options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
     loss_name = getattr(named, "__qualname__", type(named).__qualname__)
@@ -1470,8 +1414,7 @@ def save_weights(model, name, record):
 
     record: a dict of plain Python values and tensors, with the configuration under "config".
     A tensor that float16 cannot hold stays in float32. Written to output_folder("weights"),
-    atomically. Raises ValueError for a record or weights that could not be read back.
-    """
+    atomically. Raises ValueError for a record or weights that could not be read back."""
     state = {k.replace("_orig_mod.", ""): _halve(v) for k, v in model.state_dict().items()}
     content = {"weights": state, "record": _plain(record, "record")}
     _write_tensors(output_folder("weights") / f"{name}.pt", content)
@@ -1482,8 +1425,7 @@ def load_weights(model, name, *, expect=None):
 
     expect: a dict, compared with the configuration in the file. Raises FileNotFoundError if
     there is no such file, ValueError if it is damaged, if a field of the configuration
-    differs (naming it), or if the weights do not fit the model.
-    """
+    differs (naming it), or if the weights do not fit the model."""
     path, content = _read_weights(name)
     _announce(path)
     for field, value in (expect or {}).items():
@@ -1506,9 +1448,7 @@ def load_training_log(name):
 
 def retrain_wanted(name):
     """Whether FLOW_RETRAIN asks for this network: "1" for all, or names with commas or spaces.
-
-    Raises ValueError for a word that is neither, such as "true".
-    """
+    Raises ValueError for a word that is neither, such as "true"."""
     wanted = os.environ.get("FLOW_RETRAIN", "").replace(",", " ").split()
     known = {path.stem for path in (DATA / "weights").glob("*.pt")} | {name}
     if wanted not in ([], ["0"], ["1"]) and not known.issuperset(wanted):
@@ -1522,8 +1462,7 @@ def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=Fa
     build() -> model, called with a generator state fixed by config["seed"]. config: what is
     recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains
     if retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which an
-    interrupted run goes on. Either way the weights are those of the file.
-    """
+    interrupted run goes on. Either way the weights are those of the file."""
     config = _plain(config, "config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
@@ -1547,10 +1486,8 @@ def fingerprint(name):
 
 def load_record(name):
     """Read the evaluation <name>.json, made by `python notebooks/evaluate.py <name>`.
-
     Raises FileNotFoundError if it does not exist, ValueError if the weights have changed
-    since it was made: the table would describe other networks.
-    """
+    since it was made: the table would describe other networks."""
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
     path = _existing_file(f"{name}.json", "records", remedy)
     _announce(path)
@@ -1585,10 +1522,8 @@ def _check_samples(x, y):
 
 def optimal_transport_pairing(x, y):
     """The permutation that minimises sum_i |x_i - y[permutation]_i|^2; returns (N,).
-
     x, y: (N, *D), for instance noise and data of one batch (Tong et al. 2024, section 3.2).
-    Exact, by SciPy's solver of the assignment problem: about N^3 operations.
-    """
+    Exact, by SciPy's solver of the assignment problem: about N^3 operations."""
     from scipy.optimize import linear_sum_assignment
 
     if x.shape != y.shape:
@@ -1600,10 +1535,8 @@ def optimal_transport_pairing(x, y):
 
 def mmd2(x, y, bandwidth):
     """Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3), a number.
-
     x (N, F), y (M, F); Gaussian kernel exp(-|x - y|^2 / (2 bandwidth^2)). Its mean is 0 for
-    samples of one distribution, so that it can be negative.
-    """
+    samples of one distribution, so that it can be negative."""
     x, y = _check_samples(x, y)
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, got {bandwidth}")
@@ -1615,10 +1548,8 @@ def mmd2(x, y, bandwidth):
 
 def sliced_wasserstein(x, y, *, projections=256, generator=None):
     """Sliced 2-Wasserstein distance (Bonneel et al. 2015) of two equal-sized samples.
-
     x, y: (N, F). The root of the mean, over random directions, of the squared distance of
-    the sorted projections. Returns a number, in the units of x.
-    """
+    the sorted projections. Returns a number, in the units of x."""
     precision = torch.promote_types(x.dtype, torch.float32)  # of the directions drawn
     x, y = _check_samples(x, y)
     if len(x) != len(y):
@@ -1632,10 +1563,8 @@ def sliced_wasserstein(x, y, *, projections=256, generator=None):
 
 def frechet_distance(features_x, features_y):
     """Squared Frechet distance of two Gaussians fitted to features (N, F), (M, F), as in FID.
-
     |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
-    Biased upwards by O(1/N): compare at equal N, beside the value for two real samples.
-    """
+    Biased upwards by O(1/N): compare at equal N, beside the value for two real samples."""
     x, y = _check_samples(features_x, features_y)
     cov_x, cov_y = (torch.atleast_2d(torch.cov(f.T)) for f in (x, y))
     values, vectors = torch.linalg.eigh(cov_x)
@@ -1648,10 +1577,8 @@ def frechet_distance(features_x, features_y):
 
 def residual_noise(x):
     """Median of |x + 1| over the 2x2 corners of images (N, C, H, W) in [-1, 1], before clipping.
-
     The corners of Fashion-MNIST are black, -1: the value is 0 for real images, and about
-    0.67 times the standard deviation for Gaussian noise left in generated ones.
-    """
+    0.67 times the standard deviation for Gaussian noise left in generated ones."""
     if x.ndim != 4:
         raise ValueError(f"x must be images (N, C, H, W), got {tuple(x.shape)}")
     _check_floats(x, "x")
@@ -1661,10 +1588,8 @@ def residual_noise(x):
 
 class FashionClassifier(nn.Module):
     """A small convolutional classifier of Fashion-MNIST, whose features measure samples.
-
     model(x) -> logits (N, 10) and .features(x) -> (N, 64), for images (N, 1, 28, 28) in
-    [-1, 1]. pretrained loads data/weights/classifier.pt, made by notebooks/evaluate.py.
-    """
+    [-1, 1]. pretrained loads data/weights/classifier.pt, made by notebooks/evaluate.py."""
 
     def __init__(self, pretrained=True):
         super().__init__()
