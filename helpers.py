@@ -43,9 +43,7 @@ import signal
 import sys
 import tempfile
 import textwrap
-import threading
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -70,9 +68,8 @@ def pick_device():
     if torch.cuda.is_available():
         available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     wanted = os.environ.get("FLOW_DEVICE") or available[0]
-    if wanted not in available:
-        remedy = "unset FLOW_DEVICE or choose one of these"
-        raise ValueError(f"FLOW_DEVICE={wanted!r}, but this machine has only {available}; {remedy}")
+    remedy = f"this machine has only {available}; unset FLOW_DEVICE or choose one of these"
+    require(wanted in available, f"FLOW_DEVICE={wanted!r}, but {remedy}")
     return torch.device(wanted)
 
 
@@ -104,6 +101,12 @@ def claim(text, check):
     except Exception:
         holds = False
     print(f"✓ {text}" if holds else f"✗ {text}: not with these values")
+
+
+def require(condition, message):
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def write_atomically(path, content):
@@ -142,8 +145,7 @@ def _randn_like(x, generator=None):
 
 def time_grid(steps, start=0.0, end=1.0):
     """Equally spaced times from start to end, (steps + 1,); decreasing if end < start."""
-    if steps < 1 or start == end:
-        raise ValueError(f"need steps >= 1 and start != end, got {steps}, {start}, {end}")
+    require(steps >= 1 and start != end, f"need steps >= 1, start != end, got {steps, start, end}")
     return torch.linspace(start, end, steps + 1)
 
 
@@ -176,17 +178,14 @@ def _rows(x):
 def _check_simulation(x0, ts, decreasing_too=False):
     """Check x0 and the grid; return x0 detached and ts in its dtype and on its device."""
     _check_floats(x0, "x0")
-    if x0.ndim == 0:
-        raise ValueError("x0 must have a batch axis, got a scalar; use x0[None]")
-    if not torch.isfinite(x0).all():
-        raise ValueError("x0 has entries that are not finite")
+    require(x0.ndim > 0, "x0 must have a batch axis, got a scalar; use x0[None]")
+    require(torch.isfinite(x0).all(), "x0 has entries that are not finite")
     ts = torch.as_tensor(ts).to(device=x0.device, dtype=x0.dtype)
-    if ts.ndim != 1 or len(ts) < 2:
-        raise ValueError(f"ts must be a grid (N+1,) with N >= 1, got shape {tuple(ts.shape)}")
+    require(ts.ndim == 1 and len(ts) > 1, f"ts must be (N+1,) with N >= 1, got {tuple(ts.shape)}")
     steps = ts.diff()
-    if not ((steps > 0).all() or (decreasing_too and (steps < 0).all())):
-        order = "increasing or strictly decreasing" if decreasing_too else "increasing"
-        raise ValueError(f"ts must be strictly {order} in {x0.dtype}")
+    ordered = (steps > 0).all() or (decreasing_too and (steps < 0).all())
+    order = "increasing or strictly decreasing" if decreasing_too else "increasing"
+    require(ordered, f"ts must be strictly {order} in {x0.dtype}")
     return x0.detach(), ts
 
 
@@ -241,7 +240,6 @@ def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False
 @torch.no_grad()
 def heun(velocity, x0, ts, *, trajectory=False):
     """Solve dX/dt = u(X, t) by Heun's method, the explicit trapezoidal rule: order 2.
-
     x0: (B, *D), float32 or float64. ts: (N+1,), strictly increasing or strictly decreasing.
     velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too.
     Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
@@ -260,7 +258,6 @@ def heun(velocity, x0, ts, *, trajectory=False):
 @torch.no_grad()
 def adams_bashforth2(velocity, x0, ts, *, trajectory=False):
     """Solve dX/dt = u(X, t) by the two-step Adams-Bashforth method: order 2.
-
     x + h (u + (u - u_before) h / (2 h_before)), after a first step of Euler's method (Hairer,
     Norsett & Wanner 1993, section III.5). Arguments, result and errors as for heun, but the
     velocity is evaluated once a step, and not at ts[-1]."""
@@ -281,7 +278,6 @@ def adams_bashforth2(velocity, x0, ts, *, trajectory=False):
 
 def divergence(velocity, x, t, probes=None):
     """The divergence sum_i du_i/dx_i of a field at x (B, *D) and t (B,); returns (B,).
-
     Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of
     mean 0 and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
     Hutchinson's unbiased estimate, at the cost of K gradients. Also under torch.inference_mode.
@@ -317,7 +313,6 @@ def _with_divergence(velocity, x, t, probes):
 
 def log_likelihood(velocity, x, ts, *, probes=None):
     """log p(x) under the flow of N(0, I) along ts, (B,), by the change of variables.
-
     log p(x) = log N(X_0; 0, I) - int div u_t(X_t) dt along the trajectory that ends in x, by
     Heun's method backwards (Chen et al. 2018, eq. 8). x (B, *D); ts increasing, (N+1,);
     probes: as for divergence, the same at all times (Grathwohl et al. 2019)."""
@@ -367,15 +362,13 @@ def ou_moments(x0, t, theta, sigma):
 
 class GaussianMixture:
     """A mixture of K isotropic Gaussians in R^D: the data distribution with exact answers.
-
     means (K, D); stds (K,), positive; weights (K,), positive, default equal (normalised).
     With z from the mixture, x_t = alpha z + beta eps is a mixture too, so that p_t, its score
     and its velocity have closed forms. Points x are (B, D)."""
 
     def __init__(self, means, stds, weights=None):
-        self.means = torch.as_tensor(means)
-        if not self.means.is_floating_point():
-            self.means = self.means.float()
+        means = torch.as_tensor(means)
+        self.means = means if means.is_floating_point() else means.float()
         _check_floats(self.means, "means")
         like = {"dtype": self.means.dtype, "device": self.means.device}
         self.stds = torch.as_tensor(stds, **like)
@@ -384,8 +377,7 @@ class GaussianMixture:
         if self.means.ndim != 2 or not self.stds.shape == weights.shape == self.means.shape[:1]:
             shapes = ", ".join(str(tuple(p.shape)) for p in (self.means, self.stds, weights))
             raise ValueError(f"means must be (K, D), stds and weights (K,); got {shapes}")
-        if not ((self.stds > 0).all() and (weights > 0).all()):
-            raise ValueError("stds and weights must be positive")
+        require((self.stds > 0).all() and (weights > 0).all(), "stds and weights must be positive")
         self.weights = weights / weights.sum()
 
     def sample(self, n, *, generator=None):
@@ -398,8 +390,8 @@ class GaussianMixture:
 
     def _check_points(self, x):
         _check_floats(x, "x")
-        if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
-            raise ValueError(f"x must be (B, {self.means.shape[1]}), got {tuple(x.shape)}")
+        size = self.means.shape[1]
+        require(x.shape[1:] == (size,), f"x must be (B, {size}), got {tuple(x.shape)}")
 
     def _log_joint(self, x):
         """log(w_k N(x; m_k, s_k^2 I)), (B, K)."""
@@ -420,8 +412,7 @@ class GaussianMixture:
     def at_time(self, scheduler, t):
         """The exact marginal p_t of x_t = alpha z + beta eps; t one number in [0, 1]."""
         t = torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device)
-        if t.ndim:
-            raise ValueError(f"t must be one number, got shape {tuple(t.shape)}")
+        require(t.ndim == 0, f"t must be one number, got shape {tuple(t.shape)}")
         alpha, beta = scheduler.alpha(t), scheduler.beta(t)
         if t.device.type == "cpu" and not (t >= 0 and alpha >= 0 and beta >= 0):
             raise ValueError(f"t must lie in [0, 1], got {t.item():g}")
@@ -461,7 +452,6 @@ class GaussianMixture:
 
 def empirical_velocity(data, x, t, scheduler):
     """The exact marginal velocity u_t(x), like x, where p_data is the given data themselves.
-
     It is u_t(x | z) at z = E[z | x_t = x], the mean of the data weighted by the softmax of
     -|x - alpha z|^2 / (2 beta^2): what flow_matching_loss on these data is minimised by.
     data (N, *D), points or images in the model's range; x (B, *D); t (B,), in [0, 1): where
@@ -491,8 +481,7 @@ def inside_silhouette(name, x):
     """Whether points x (N, 2) lie in a drawing, "cat" or "dog", whose filled polygons and those
     cut out of them are in data/silhouettes.json: bool (N,)."""
     drawings = json.loads((DATA / "silhouettes.json").read_text())
-    if name not in drawings:
-        raise ValueError(f"unknown silhouette {name!r}; choose one of {sorted(drawings)}")
+    require(name in drawings, f"unknown silhouette {name!r}; choose one of {sorted(drawings)}")
     return (_covers(drawings[name]["filled"], x) > 0) & (_covers(drawings[name]["cut"], x) == 0)
 
 
@@ -518,8 +507,7 @@ def lettering(text, n, *, generator=None):
     one that would be higher than wide is as high as that. Raises ValueError for a blank text."""
     from matplotlib.textpath import TextPath
 
-    if not text.strip():
-        raise ValueError(f"text must have letters to draw, got {text!r}")
+    require(text.strip(), f"text must have letters to draw, got {text!r}")
     outlines = TextPath((0, 0), text, prop={"family": "DejaVu Sans", "weight": "bold"})
     low, high = outlines.get_extents().get_points()
     centre, scale = torch.tensor((low + high) / 2), (high - low).max() / 2.6
@@ -553,7 +541,7 @@ def _unpack(name):
         raise FileNotFoundError(f"{packed} is missing; {remedy}")
     try:
         content = gzip.decompress(packed.read_bytes())
-    except (OSError, EOFError, zlib.error):
+    except Exception:  # gzip has three kinds
         content = b""
     if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
         raise ValueError(f"{packed} is damaged, or not the published file; {remedy}")
@@ -562,13 +550,11 @@ def _unpack(name):
 
 def load_fashion_mnist(split="train"):
     """Load Fashion-MNIST from the IDX files committed under data/.
-
     Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train" and
     10 000 for "test". The files are verified by SHA-256; the clone may be read-only.
     Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the split
     is unknown."""
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    require(split in ("train", "test"), f'split must be "train" or "test", got {split!r}')
     from torchvision.datasets import FashionMNIST  # slow import, needed for images only
 
     prefix = "train" if split == "train" else "t10k"
@@ -637,9 +623,8 @@ class PolynomialScheduler:
     """alpha = t^p, beta = 1 - t^p with p >= 1; p = 1 is the linear schedule."""
 
     def __init__(self, power):
-        if not power >= 1:
-            why = "below 1 the derivative of t^p is infinite at t = 0"
-            raise ValueError(f"power must be at least 1, got {power}: {why}")
+        why = "below 1 the derivative of t^p is infinite at t = 0"
+        require(power >= 1, f"power must be at least 1, got {power}: {why}")
         self.power = power
 
     def alpha(self, t):
@@ -660,13 +645,8 @@ class FunctionScheduler:
     alpha, beta: (t) -> like t, of torch operations. Not checked; see check_scheduler."""
 
     def __init__(self, alpha, beta):
-        self.alpha, self.beta = alpha, beta
-
-    def alpha_dot(self, t):
-        return self._derivative(self.alpha, t)
-
-    def beta_dot(self, t):
-        return self._derivative(self.beta, t)
+        self.alpha, self.alpha_dot = alpha, functools.partial(self._derivative, alpha)
+        self.beta, self.beta_dot = beta, functools.partial(self._derivative, beta)
 
     @staticmethod
     def _derivative(function, t):
@@ -686,24 +666,19 @@ SCHEDULERS = {
 
 def check_scheduler(scheduler):
     """Check the requirements on (alpha, beta) of section 2 of the assignment, in float64.
-
     Ends alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, alpha increasing and beta decreasing,
     derivatives finite on all of [0, 1] and equal to those of alpha and beta.
     Raises ValueError naming the property that fails; returns the scheduler."""
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    for name, at_ends, sign in (("alpha", (0.0, 1.0), 1), ("beta", (1.0, 0.0), -1)):
+    grid, h = torch.linspace(0, 1, 2001, dtype=torch.float64), 1e-6
+    for name, ends, sign in (("alpha", [0.0, 1.0], 1), ("beta", [1.0, 0.0], -1)):
         value, slope = getattr(scheduler, name), getattr(scheduler, f"{name}_dot")
-        expected = torch.tensor(at_ends, dtype=torch.float64)
-        if not torch.allclose(value(ends), expected, rtol=0, atol=1e-6):
-            found = [round(v, 6) for v in value(ends).tolist()]
-            raise ValueError(f"endpoints: {name} is {found} at t = 0, 1, not {list(at_ends)}")
+        found = [round(v, 6) for v in value(grid[[0, -1]]).tolist()]
+        require(found == ends, f"endpoints: {name} is {found} at t = 0, 1, not {ends}")
         if not (sign * value(grid).diff() >= 0).all():
             raise ValueError(f"monotone: {name} must be {'in' if sign > 0 else 'de'}creasing")
-        if not torch.isfinite(slope(grid)).all():
-            where = grid[~torch.isfinite(slope(grid))][0].item()
-            raise ValueError(f"finite derivative: {name}_dot is not finite at t = {where:g}")
-        middle, h = grid[1:-1], 1e-6
+        if len(wrong := grid[~torch.isfinite(slope(grid))]):
+            raise ValueError(f"finite derivative: {name}_dot is not finite at t = {wrong[0]:g}")
+        middle = grid[1:-1]
         difference = (value(middle + h) - value(middle - h)) / (2 * h)
         if not torch.allclose(slope(middle), difference, rtol=1e-4, atol=1e-4):
             raise ValueError(f"finite derivative: {name}_dot is not the derivative of {name}")
@@ -715,14 +690,12 @@ def check_scheduler(scheduler):
 
 def expand_like(t, x):
     """Reshape t (B,) to (B, 1, ..., 1) so that it broadcasts over x (B, *D)."""
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+    require(t.shape == x.shape[:1], f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class GaussianPath:
     """The conditional path x_t = alpha_t z + beta_t eps (assignment, section 2).
-
     scheduler: an object with alpha, beta, alpha_dot and beta_dot. Throughout, x, z and eps
     are (B, *D) and t is (B,), in [0, 1]; results are like x. Raises ValueError for another
     shape of t, for shapes of x and z that differ, and for times outside [0, 1]."""
@@ -732,8 +705,7 @@ class GaussianPath:
 
     def _coefficients(self, x, other, t):
         """alpha, beta, alpha_dot, beta_dot, each shaped to broadcast over x."""
-        if x.shape != other.shape:
-            raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
+        require(x.shape == other.shape, f"shapes differ: {tuple(x.shape)}, {tuple(other.shape)}")
         _check_floats(x, "x")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():  # no GPU synchronisation
             raise ValueError("t must lie in [0, 1]")
@@ -805,7 +777,6 @@ def reschedule(velocity, scheduler):
 
 class MLP(nn.Module):
     """Multilayer perceptron on (x, t): x (B, dim), t (B,) -> (B, dim).
-
     `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3.
     octaves: sines and cosines of x at pi, 2 pi, 4 pi, ..., so many frequencies, are inputs too.
     time_input: a function (B,) -> (B,), whose value is the input in place of t."""
@@ -822,8 +793,7 @@ class MLP(nn.Module):
         self.net = nn.Sequential(*blocks, nn.Linear(width, dim))
 
     def forward(self, x, t):
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"x must be (B, {self.dim}), got {tuple(x.shape)}")
+        require(x.shape[1:] == (self.dim,), f"x must be (B, {self.dim}), got {tuple(x.shape)}")
         if self.time_input is not None:
             t = check_like(self.time_input(t), t, "time_input")
         angles = (x[:, :, None] * self.frequencies).flatten(1)  # (B, dim octaves)
@@ -861,9 +831,8 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         turns = torch.logspace(-2, 4, size // 4, base=2.0)
         self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(size // 2, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU()
-        )
+        first, second = nn.Linear(size // 2, size), nn.Linear(size, size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
 
     def forward(self, t):
         angles = t[:, None] * self.frequencies
@@ -883,8 +852,7 @@ class UNet(nn.Module):
         super().__init__()
         if len(channels) != 3 or any(c % 16 for c in channels):
             raise ValueError(f"channels must be three multiples of 16, got {channels}")
-        if embedding % 4:
-            raise ValueError(f"embedding must be a multiple of 4, got {embedding}")
+        require(embedding % 4 == 0, f"embedding must be a multiple of 4, got {embedding}")
         c1, c2, c3 = channels
         self.in_channels, self.num_classes = in_channels, num_classes
         self.embed_time = TimeEmbedding(embedding)
@@ -902,11 +870,10 @@ class UNet(nn.Module):
         self.decoder2 = layers(2, c2)
         self.up1, self.mix1 = nn.Conv2d(c2, c1, 3, padding=1), nn.Conv2d(2 * c1, c1, 1)
         self.decoder1 = layers(2, c1)
-        self.head = nn.Sequential(
-            nn.GroupNorm(c1 // 16, c1), nn.SiLU(), nn.Conv2d(c1, in_channels, 3, padding=1)
-        )
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        last = nn.Conv2d(c1, in_channels, 3, padding=1)
+        self.head = nn.Sequential(nn.GroupNorm(c1 // 16, c1), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t, labels=None):
@@ -938,8 +905,9 @@ class UNet(nn.Module):
         expand_like(t, x)  # refuses another shape of t
         if labels is None:
             return
-        if self.embed_label is None:
-            raise ValueError("labels were given to a UNet built with num_classes=0")
+        require(
+            self.embed_label is not None, "labels were given to a UNet built with num_classes=0"
+        )
         if labels.shape != t.shape:
             raise ValueError(f"labels must have shape {tuple(t.shape)}, got {tuple(labels.shape)}")
         outside = (labels < 0) | (labels > self.num_classes)
@@ -982,10 +950,8 @@ class NoiseScore(nn.Module):
 
 def _draw_times(z, times, generator):
     """Times (B,) for a batch z (B, *D): uniform on [0, 1), or those of times(n, generator)."""
-    if not z.is_floating_point():
-        raise ValueError(f"z must be floating point, got {z.dtype}; images need to_model_range")
-    if len(z) == 0:
-        raise ValueError("the batch is empty: its mean loss is undefined")
+    require(z.is_floating_point(), f"z must be floats, got {z.dtype}; images need to_model_range")
+    require(len(z), "the batch is empty: its mean loss is undefined")
     if times is None:
         device = z.device if generator is None else generator.device
         return torch.rand(len(z), generator=generator, device=device, dtype=z.dtype).to(z.device)
@@ -994,7 +960,6 @@ def _draw_times(z, times, generator):
 
 def flow_matching_loss(model, z, path, *, source=None, times=None, generator=None):
     """Conditional flow matching loss: mean of |u(x_t, t) - (alpha_dot z + beta_dot eps)|^2.
-
     One draw of t and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al. 2023,
     eq. 9). source (B, *D) replaces eps: a flow from data to data. times: a sampler
     (n, generator) -> t (n,); uniform on [0, 1) if None. Returns a scalar, the mean over the
@@ -1008,7 +973,6 @@ def flow_matching_loss(model, z, path, *, source=None, times=None, generator=Non
 
 def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=None):
     """Denoising score matching: mean of w |s(x_t, t) + eps / beta|^2 for a score model.
-
     weighted: w = beta^2, so that the loss is |beta s + eps|^2, finite, with the minimiser of
     the assignment's w = 1, whose expectation is infinite (question 5a). z (B, *D), times and
     the result as for flow_matching_loss."""
@@ -1111,10 +1075,19 @@ def _plain(value, name):
 
 def _write_tensors(path, state):
     """Write state to path by torch.save, atomically."""
-    buffer, path = io.BytesIO(), Path(path)
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
+
+
+def _read_tensors(path, kind, remedy):
+    """What _write_tensors wrote; ValueError if the file is damaged or holds other objects."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        fault = f"is not a readable {kind} ({type(error).__name__})"
+        raise ValueError(f"{path} {fault}; {remedy}") from error
 
 
 def train(
@@ -1154,41 +1127,35 @@ def train(
     FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
     that is damaged or of another run."""
     named = getattr(loss, "func", loss)  # a partial has the name of its function
-    options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
     loss_name = getattr(named, "__qualname__", type(named).__qualname__)
-    options |= {"decay": decay, "clip": clip, "loss": loss_name}
-    run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(checkpoint)
-        print(f"{checkpoint}: goes on at step {run.step} of {steps}")
-    model.train()
+    options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
+    options |= dict(decay=decay, clip=clip, loss=loss_name)
+    run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype, checkpoint)
     hidden = os.environ.get("FLOW_PROGRESS") == "0"
-    with (
-        run.environment(),
-        tqdm(total=steps, initial=run.step, desc="training", disable=hidden, leave=False) as bar,
-    ):
+    bar = tqdm(total=steps, initial=run.step, desc="training", disable=hidden, leave=False)
+    with run.environment(), bar:
         try:
             while run.step < steps:
                 start = time.perf_counter()
+                model.train()  # on_step may have left it in eval mode
                 run.update(loss, sample_batch)
                 due = run.step % checkpoint_every == 0 or run.step == steps
                 if due or run.step % 50 == 0:  # the only times that the host waits
-                    run.check(checkpoint)
+                    if fault := run.fault():
+                        raise FloatingPointError(fault)
                     recent = run.losses[max(0, run.step - 50) : run.step]
                     bar.set_postfix_str(f"loss {recent.mean():.4f}")
                 run.seconds += time.perf_counter() - start
                 if due:
-                    run.save(checkpoint)
+                    run.save()
                 bar.update()
                 if on_step is not None:
                     on_step(run.step, run.losses[: run.step], model)
-                    model.train()
         except (KeyboardInterrupt, SystemExit):
-            if run.resumable and not len(run.faults()):
-                run.save(checkpoint)
+            if run.random is not None and not run.fault():
+                run.save()
             raise
-    for target, average in zip(run.tracked, run.averages, strict=True):
-        target.copy_(average)
+    torch._foreach_copy_(run.tracked, run.averages)
     if log is not None:
         log.update(seconds=run.seconds, dtype=run.dtype, runs=run.parts)
     model.eval()
@@ -1198,79 +1165,70 @@ def train(
 class _TrainingRun:
     """The state that train advances, saves and restores: config is all plain values."""
 
-    def __init__(self, model, config, dtype):
+    def __init__(self, model, config, dtype, checkpoint=None):
         trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
-            raise ValueError("the model has no parameter that requires a gradient")
+        require(trained, "the model has no parameter that requires a gradient")
+        require(config["steps"] >= 1, f"steps must be at least 1, got {config['steps']}")
         self.model, self.trained, self.device = model, trained, trained[0].device
         self.config = config | {"parameters": sum(p.numel() for p in trained)}
         self.dtype = dtype or choose_dtype(model, self.device)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
-        if not config["steps"] >= 1:
-            raise ValueError(f"steps must be at least 1, got {config['steps']}")
+        self.parameters = [p.detach() for p in model.parameters()]
         self.buffers = list(model.buffers())
-        self.weights = [p.detach() for p in model.parameters()] + self.buffers
         self.tracked = [p.detach() for p in trained]
         self.tracked += [b for b in self.buffers if b.is_floating_point()]
         self.averages = [w.clone() for w in self.tracked]
-        muon = config["muon_lr"] is not None
-        inner = [p for p in trained if muon and p.ndim == 4 and min(p.shape[:2]) >= 16]
+        inner = [p for p in trained if p.ndim == 4 and min(p.shape[:2]) >= 16]
+        inner = [] if config["muon_lr"] is None else inner
         rest = [p for p in trained if all(p is not kernel for kernel in inner)]
-        self.optimizers, self.peaks = [], []  # Adam and Muon, each with the peak of its rate
-        if rest:
-            fused = self.device.type != "mps"
-            self.optimizers.append(torch.optim.Adam(rest, lr=config["lr"], fused=fused))
-            self.peaks.append(config["lr"])
-        if inner:
-            products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-            self.optimizers.append(Muon(inner, config["muon_lr"], dtype=products))
-            self.peaks.append(config["muon_lr"])
+        adam = functools.partial(torch.optim.Adam, lr=config["lr"], fused=self.device.type != "mps")
+        products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        muon = functools.partial(Muon, lr=config["muon_lr"], dtype=products)
+        self.optimizers = [make(group) for make, group in ((adam, rest), (muon, inner)) if group]
         enabled = self.dtype == "float16"  # else the scaler passes everything through
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.generator = torch.Generator(self.device).manual_seed(config["seed"])
-        device_module = torch.get_device_module(self.device)
-        self.global_random = [torch] + ([device_module] if self.device.type != "cpu" else [])
+        self.global_random = [torch]  # the modules that have a global random state
+        if self.device.type != "cpu":
+            self.global_random.append(torch.get_device_module(self.device))
         self.losses = torch.zeros(config["steps"], device=self.device)
         self.norms = torch.zeros_like(self.losses)
-        self.step, self.seconds, self.saved_random = 0, 0.0, None
+        self.step, self.seconds, self.saved_random = 0, 0.0, []
         self.parts = [{"step": 0, "device": self.device.type, "dtype": self.dtype}]
+        self.path = None if checkpoint is None else Path(checkpoint)
+        if self.path is not None and self.path.exists():
+            self.restore()
+            print(f"{self.path}: goes on at step {self.step} of {config['steps']}")
 
     @contextlib.contextmanager
     def environment(self):
         """Global random numbers from the seed, SIGTERM as SystemExit, one thread for a small
         network (two would wait for each other); all as before afterwards."""
-        threads = torch.get_num_threads()
-        before = [source.get_rng_state() for source in self.global_random]
-
-        def stop(number, frame):
-            raise SystemExit(128 + number)
-
-        in_main = threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGTERM, stop) if in_main else None
+        threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+        before = [module.get_rng_state() for module in self.global_random]
+        with contextlib.suppress(ValueError):  # signals belong to the main thread
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         if self.device.type == "cpu" and self.config["parameters"] < 100_000:
             torch.set_num_threads(1 if self.dtype == "float32" else threads)
         torch.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
-        self._set_global_random(self.saved_random or [])
-        self._remember()
+        for module, state in zip(self.global_random, self.saved_random, strict=False):
+            module.set_rng_state(state)
+        self.remember()
         try:
             yield
         finally:
-            self._set_global_random(before)
+            for module, state in zip(self.global_random, before, strict=True):
+                module.set_rng_state(state)
             torch.set_num_threads(threads)
-            if in_main:
+            with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
-    def _set_global_random(self, states):
-        for source, state in zip(self.global_random, states, strict=False):
-            source.set_rng_state(state)
-
-    def _remember(self):
+    def remember(self):
         """Keep what the next step changes before it is complete; from here it can be repeated."""
-        states = [source.get_rng_state() for source in self.global_random]
-        self.random = [self.generator.get_state(), *states]
         self.kept_buffers = [b.clone() for b in self.buffers]
-        self.resumable = True
+        states = [module.get_rng_state() for module in self.global_random]
+        self.random = [self.generator.get_state(), *states]
 
     def update(self, loss, sample_batch):
         """One optimisation step."""
@@ -1279,7 +1237,8 @@ class _TrainingRun:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             value = loss(self.model, batch, generator=self.generator)
         warmup = min(config["warmup"], config["steps"] // 10)
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+        for optimizer in self.optimizers:
+            peak = optimizer.defaults["lr"]
             rate = learning_rate(self.step, config["steps"], peak, warmup, config["decay"])
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
@@ -1289,7 +1248,7 @@ class _TrainingRun:
         clip = math.inf if config["clip"] is None else config["clip"]
         norm = nn.utils.clip_grad_norm_(self.trained, clip)
         self.losses[self.step] = value.detach()
-        self.resumable = False  # until the step is complete, it cannot be repeated
+        self.random = None  # until the step is complete, it cannot be repeated
         if not self.scaler.is_enabled():
             self.norms[self.step] = norm.detach()
         if not self.scaler.is_enabled() or torch.isfinite(norm):  # float16: skip an overflow
@@ -1299,77 +1258,61 @@ class _TrainingRun:
         decay = min(config["ema"], (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.averages, self.tracked, 1 - decay)
         self.step += 1
-        self._remember()
+        self.remember()
 
-    def faults(self):
-        """Steps whose loss or gradient is not finite."""
-        return (~torch.isfinite(self.losses + self.norms)[: self.step]).nonzero()
+    def fault(self):
+        """What was not finite first, the loss or its gradient, and what to do; or None."""
+        values = torch.stack([self.losses, self.norms], dim=1)[: self.step]
+        faults = (~torch.isfinite(values)).nonzero().tolist()  # by step, the loss first
+        if not faults:
+            return None
+        (step, column), names = faults[0], ("loss", "norm of the gradient")
+        saved = self.path is not None and self.path.exists()
+        kept = f"the last good state is in {self.path}" if saved else "nothing was saved"
+        value = values[step, column].item()
+        return f"the {names[column]} is {value} at step {step}; {kept}. Lower lr and start again"
 
-    def check(self, checkpoint):
-        """Raise FloatingPointError at the first step whose loss or gradient is not finite."""
-        if not len(self.faults()):
-            return
-        step = self.faults()[0, 0].item()
-        what, value = "loss", self.losses[step].item()
-        if math.isfinite(value):
-            what, value = "norm of the gradient", self.norms[step].item()
-        saved = checkpoint is not None and Path(checkpoint).exists()
-        kept = f"the last good state is in {checkpoint}" if saved else "nothing was saved"
-        message = f"the {what} is {value} at step {step}; {kept}. Lower lr and start again"
-        raise FloatingPointError(message)
-
-    SAVED = ("config", "step", "seconds", "parts", "losses", "averages", "random")
-
-    def save(self, path):
+    def save(self):
         """Write a checkpoint: the state as it was before an interrupted step."""
-        if path is not None:
-            weights = self.weights[: -len(self.buffers) or None] + self.kept_buffers
-            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-            state = {name: getattr(self, name) for name in self.SAVED}
-            state |= dict(weights=weights, optimizers=optimizers, scaler=self.scaler.state_dict())
-            _write_tensors(path, state)
+        if self.path is not None:
+            names = ("config", "step", "seconds", "parts", "losses", "averages", "random")
+            state = {name: getattr(self, name) for name in names}
+            state["weights"] = self.parameters + self.kept_buffers
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            _write_tensors(self.path, state | {"scaler": self.scaler.state_dict()})
 
-    def _read(self, path):
-        """Read a checkpoint of train, refusing one that is damaged or of another run."""
-        again = "delete it to start again"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            name = type(error).__name__
-            raise ValueError(f"{path} is not a readable checkpoint ({name}); {again}") from error
+    def restore(self):
+        """Go on from the checkpoint, which may come from another device or dtype.
+        Raises ValueError for one that is damaged or of another run."""
+        path, again = self.path, "delete it to start again"
+        state = _read_tensors(path, "checkpoint", again)
         if not isinstance(state, dict) or not state.keys() >= {"config", "weights", "random"}:
             raise ValueError(f"{path} is not a checkpoint of train; name another file, or {again}")
         for field, value in self.config.items():
             found = state["config"].get(field)
-            if found != value:
-                change = f"{field} = {found!r}, now {value!r}"
-                raise ValueError(f"{path} was written with {change}; {again}, or restore it")
-        if [w.shape for w in state["weights"]] != [w.shape for w in self.weights]:
+            change = f"{field} = {found!r}, now {value!r}"
+            require(found == value, f"{path} was written with {change}; {again}, or restore it")
+        weights = self.parameters + self.buffers
+        if [w.shape for w in state["weights"]] != [w.shape for w in weights]:
             raise ValueError(f"{path} holds weights of other shapes, of another network; {again}")
-        return state
-
-    def restore(self, path):
-        """Go on from a checkpoint, which may come from another device or dtype."""
-        state = self._read(path)
         self.step, self.seconds = state["step"], state["seconds"]
-        own = [self.losses, *self.weights, *self.averages]
+        own = [self.losses, *weights, *self.averages]
         saved = [state["losses"], *state["weights"], *state["averages"]]
         for target, value in zip(own, saved, strict=True):
             target.copy_(value)
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
-            for group, here in zip(value["param_groups"], optimizer.param_groups, strict=True):
-                group["fused"] = here.get("fused")  # the choice of this device
+            value["param_groups"][0]["fused"] = optimizer.defaults.get("fused")  # of this device
             optimizer.load_state_dict(value)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if state["parts"][-1]["device"] == self.device.type:
+        last, here = state["parts"][-1], self.parts[0] | {"step": self.step}
+        if last["device"] == self.device.type:
             self.generator.set_state(state["random"][0])
             self.saved_random = state["random"][1:]
         else:  # generators of other devices have other states
             self.generator.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
-        here = self.parts[0] | {"step": self.step}
-        same = {**state["parts"][-1], "step": self.step} == here
-        self.parts = state["parts"] + ([] if same else [here])
+        same = last | {"step": self.step} == here
+        self.parts = state["parts"] if same else [*state["parts"], here]
 
 
 def _existing_file(name, kind, remedy):
@@ -1389,12 +1332,8 @@ def _announce(path):
 def _read_weights(name):
     remedy = f"make it by running the notebook that trains {name} with FLOW_RETRAIN={name}"
     path = _existing_file(f"{name}.pt", "weights", remedy)
-    try:
-        return path, torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        again = "restore it with git checkout, or train it again with FLOW_RETRAIN=1"
-        kind = type(error).__name__
-        raise ValueError(f"{path} is not a readable weights file ({kind}); {again}") from error
+    again = "restore it with git checkout, or train it again with FLOW_RETRAIN=1"
+    return path, _read_tensors(path, "weights file", again)
 
 
 def _halve(value):
@@ -1402,8 +1341,7 @@ def _halve(value):
     value = value.detach().cpu().contiguous()
     if not value.is_floating_point():
         return value
-    if not torch.isfinite(value).all():
-        raise ValueError("the weights are not finite; nothing was written")
+    require(torch.isfinite(value).all(), "the weights are not finite; nothing was written")
     half = value.half()
     lost = (half.to(value.dtype) - value).abs()
     return half if not (lost > 1e-3 * value.abs().amax()).any() else value.float()
@@ -1411,7 +1349,6 @@ def _halve(value):
 
 def save_weights(model, name, record):
     """Write a model's weights in float16, and the record of their run, as <name>.pt.
-
     record: a dict of plain Python values and tensors, with the configuration under "config".
     A tensor that float16 cannot hold stays in float32. Written to output_folder("weights"),
     atomically. Raises ValueError for a record or weights that could not be read back."""
@@ -1422,7 +1359,6 @@ def save_weights(model, name, record):
 
 def load_weights(model, name, *, expect=None):
     """Load <name>.pt into the model; returns the model in eval mode, float32.
-
     expect: a dict, compared with the configuration in the file. Raises FileNotFoundError if
     there is no such file, ValueError if it is damaged, if a field of the configuration
     differs (naming it), or if the weights do not fit the model."""
@@ -1458,7 +1394,6 @@ def retrain_wanted(name):
 
 def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=False):
     """Load the network <name>, after training it from scratch if asked; returns model, record.
-
     build() -> model, called with a generator state fixed by config["seed"]. config: what is
     recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains
     if retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which an
@@ -1526,8 +1461,7 @@ def optimal_transport_pairing(x, y):
     Exact, by SciPy's solver of the assignment problem: about N^3 operations."""
     from scipy.optimize import linear_sum_assignment
 
-    if x.shape != y.shape:
-        raise ValueError(f"x and y must have one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
+    require(x.shape == y.shape, f"shapes differ: {tuple(x.shape)}, {tuple(y.shape)}")
     a, b = (_rows(samples.detach()).cpu().double() for samples in (x, y))
     cost = torch.cdist(a, b) ** 2
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], device=y.device)
@@ -1538,8 +1472,7 @@ def mmd2(x, y, bandwidth):
     x (N, F), y (M, F); Gaussian kernel exp(-|x - y|^2 / (2 bandwidth^2)). Its mean is 0 for
     samples of one distribution, so that it can be negative."""
     x, y = _check_samples(x, y)
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    require(bandwidth > 0, f"bandwidth must be positive, got {bandwidth}")
     pairs, n, m = ((x, x), (y, y), (x, y)), len(x), len(y)
     xx, yy, xy = (torch.exp(-(torch.cdist(a, b) ** 2) / (2 * bandwidth**2)) for a, b in pairs)
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
@@ -1552,8 +1485,7 @@ def sliced_wasserstein(x, y, *, projections=256, generator=None):
     the sorted projections. Returns a number, in the units of x."""
     precision = torch.promote_types(x.dtype, torch.float32)  # of the directions drawn
     x, y = _check_samples(x, y)
-    if len(x) != len(y):
-        raise ValueError(f"samples must have equal size, got {len(x)} and {len(y)}")
+    require(len(x) == len(y), f"samples must have equal size, got {len(x)} and {len(y)}")
     directions = x.new_empty(x.shape[1], projections, dtype=precision)
     directions = _randn_like(directions, generator).double()
     directions = directions / directions.norm(dim=0)
@@ -1579,8 +1511,7 @@ def residual_noise(x):
     """Median of |x + 1| over the 2x2 corners of images (N, C, H, W) in [-1, 1], before clipping.
     The corners of Fashion-MNIST are black, -1: the value is 0 for real images, and about
     0.67 times the standard deviation for Gaussian noise left in generated ones."""
-    if x.ndim != 4:
-        raise ValueError(f"x must be images (N, C, H, W), got {tuple(x.shape)}")
+    require(x.ndim == 4, f"x must be images (N, C, H, W), got {tuple(x.shape)}")
     _check_floats(x, "x")
     ends = [0, 1, -2, -1]
     return (x[:, :, ends][..., ends] + 1).abs().median().item()
@@ -1607,8 +1538,7 @@ class FashionClassifier(nn.Module):
             load_weights(self, "classifier")
 
     def features(self, x):
-        if x.ndim != 4 or x.shape[1:] != (1, 28, 28):
-            raise ValueError(f"x must be (N, 1, 28, 28), got {tuple(x.shape)}")
+        require(x.shape[1:] == (1, 28, 28), f"x must be (N, 1, 28, 28), got {tuple(x.shape)}")
         _check_floats(x, "x")
         return self.embed(self.body(x.contiguous(memory_format=torch.channels_last)))
 
