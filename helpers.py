@@ -62,11 +62,9 @@ DATA = ROOT / "data"
 def pick_device():
     """Return the device named by FLOW_DEVICE, else cuda, else mps, else cpu.
     Raises ValueError if FLOW_DEVICE names a device that this machine does not have."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    cuda = ["cuda", *numbered] if torch.cuda.is_available() else []
+    available = [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     wanted = os.environ.get("FLOW_DEVICE") or available[0]
     remedy = f"this machine has only {available}; unset FLOW_DEVICE or choose one of these"
     require(wanted in available, f"FLOW_DEVICE={wanted!r}, but {remedy}")
@@ -145,7 +143,7 @@ def _randn_like(x, generator=None):
 
 def time_grid(steps, start=0.0, end=1.0):
     """Equally spaced times from start to end, (steps + 1,); decreasing if end < start."""
-    require(steps >= 1 and start != end, f"need steps >= 1, start != end, got {steps, start, end}")
+    require(steps >= 1 and start != end, f"need steps >= 1, start != end; got {steps, start, end}")
     return torch.linspace(start, end, steps + 1)
 
 
@@ -191,9 +189,8 @@ def _check_simulation(x0, ts, decreasing_too=False):
 
 def _march(step, x, ts, trajectory):
     """Apply x = step(x, t, t_next, h) along ts; return the last x, or all, (N+1, B, *D)."""
-    xs = x.new_empty(len(ts), *x.shape) if trajectory else None  # a list fragments the heap
-    if trajectory:
-        xs[0] = x
+    xs = x.new_empty(len(ts) if trajectory else 1, *x.shape)  # a list fragments the heap
+    xs[0] = x
     times = ts[:, None].expand(len(ts), len(x))
     for n, h in enumerate(ts.diff().tolist()):
         x = step(x, times[n], times[n + 1], h)
@@ -216,13 +213,11 @@ def _diffusion_at(diffusion, x, t):
 @torch.no_grad()
 def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False):
     """Simulate dX = u(X, t) dt + sigma(t) dW on the grid ts (assignment, eq. 2).
-
     x0: (B, *D), float32 or float64. ts: (N+1,), increasing. drift: (x, t) -> like x, t (B,).
     diffusion: a number, or t (B,) -> (B,); the number 0 gives Euler's method.
-    Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
-    Strong order 1/2; order 1 here, where the noise is additive (sigma depends on t only).
-    Raises ValueError if ts does not increase, x0 is not finite or of another type, or a shape
-    returned by drift or diffusion is wrong."""
+    Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D). Strong order 1/2;
+    order 1 here, where the noise is additive (sigma depends on t only). Raises ValueError if ts
+    does not increase, x0 is not finite or of another type, or drift or diffusion is misshapen."""
     x0, ts = _check_simulation(x0, ts)
 
     def step(x, t, t_next, h):
@@ -240,10 +235,8 @@ def euler_maruyama(drift, diffusion, x0, ts, *, generator=None, trajectory=False
 @torch.no_grad()
 def heun(velocity, x0, ts, *, trajectory=False):
     """Solve dX/dt = u(X, t) by Heun's method, the explicit trapezoidal rule: order 2.
-    x0: (B, *D), float32 or float64. ts: (N+1,), strictly increasing or strictly decreasing.
-    velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too.
-    Returns X at ts[-1], (B, *D); with trajectory=True all of X, (N+1, B, *D).
-    Raises ValueError as euler_maruyama does."""
+    velocity: (x, t) -> like x, with t (B,); evaluated twice a step, at ts[-1] too. ts: (N+1,),
+    strictly increasing or strictly decreasing. x0, result and errors as for euler_maruyama."""
     x0, ts = _check_simulation(x0, ts, decreasing_too=True)
 
     def step(x, t, t_next, h):
@@ -454,8 +447,8 @@ def empirical_velocity(data, x, t, scheduler):
     """The exact marginal velocity u_t(x), like x, where p_data is the given data themselves.
     It is u_t(x | z) at z = E[z | x_t = x], the mean of the data weighted by the softmax of
     -|x - alpha z|^2 / (2 beta^2): what flow_matching_loss on these data is minimised by.
-    data (N, *D), points or images in the model's range; x (B, *D); t (B,), in [0, 1): where
-    beta = 0 the weights are 0/0, and the result is NaN. Raises ValueError for wrong shapes."""
+    data (N, *D), points or images in [-1, 1]; x (B, *D); t (B,), in [0, 1): the weights are 0/0,
+    and the result NaN, where beta = 0. Raises ValueError for wrong shapes."""
     if not len(data) or data.shape[1:] != x.shape[1:]:
         shapes = f"{tuple(data.shape)} and {tuple(x.shape)}"
         raise ValueError(f"data must be (N, *D) and x (B, *D), got {shapes}")
@@ -496,8 +489,7 @@ def _sample_inside(inside, n, generator):
 
 
 def silhouette(name, n, *, generator=None):
-    """Draw n points, (n, 2), uniformly from a drawing in [-1.3, 1.3]^2: "cat" or "dog".
-    Raises ValueError for another name."""
+    """Draw n points, (n, 2), uniformly from a drawing in [-1.3, 1.3]^2: "cat", "dog", no other."""
     return _sample_inside(functools.partial(inside_silhouette, name), n, generator)
 
 
@@ -549,11 +541,10 @@ def _unpack(name):
 
 
 def load_fashion_mnist(split="train"):
-    """Load Fashion-MNIST from the IDX files committed under data/.
-    Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train" and
-    10 000 for "test". The files are verified by SHA-256; the clone may be read-only.
-    Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the split
-    is unknown."""
+    """Load Fashion-MNIST from the IDX files under data/, verified by SHA-256.
+    Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train", 10 000 for
+    "test". Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the
+    split unknown."""
     require(split in ("train", "test"), f'split must be "train" or "test", got {split!r}')
     from torchvision.datasets import FashionMNIST  # slow import, needed for images only
 
@@ -641,8 +632,8 @@ class PolynomialScheduler:
 
 
 class FunctionScheduler:
-    """A schedule made of two functions of t, with their derivatives: for experiments.
-    alpha, beta: (t) -> like t, of torch operations. Not checked; see check_scheduler."""
+    """A schedule made of two functions of t, (t) -> like t, of torch operations: for experiments.
+    The derivatives are autograd's. Not checked; see check_scheduler."""
 
     def __init__(self, alpha, beta):
         self.alpha, self.alpha_dot = alpha, functools.partial(self._derivative, alpha)
@@ -657,18 +648,16 @@ class FunctionScheduler:
 
 
 # The schedules compared in questions 2(d) and 4(d)
-SCHEDULERS = {
-    "linear": LinearScheduler(),
-    "cosine": CosineScheduler(),
-    "polynomial": PolynomialScheduler(2),
-}
+SCHEDULERS = dict(
+    linear=LinearScheduler(), cosine=CosineScheduler(), polynomial=PolynomialScheduler(2)
+)
 
 
 def check_scheduler(scheduler):
     """Check the requirements on (alpha, beta) of section 2 of the assignment, in float64.
-    Ends alpha_0 = beta_1 = 0 and alpha_1 = beta_0 = 1, alpha increasing and beta decreasing,
-    derivatives finite on all of [0, 1] and equal to those of alpha and beta.
-    Raises ValueError naming the property that fails; returns the scheduler."""
+    alpha increases from 0 to 1 and beta decreases from 1 to 0 on [0, 1]; their derivatives are
+    finite there, and those of alpha and beta. Returns the scheduler; raises ValueError naming the
+    property that fails."""
     grid, h = torch.linspace(0, 1, 2001, dtype=torch.float64), 1e-6
     for name, ends, sign in (("alpha", [0.0, 1.0], 1), ("beta", [1.0, 0.0], -1)):
         value, slope = getattr(scheduler, name), getattr(scheduler, f"{name}_dot")
@@ -678,9 +667,8 @@ def check_scheduler(scheduler):
             raise ValueError(f"monotone: {name} must be {'in' if sign > 0 else 'de'}creasing")
         if len(wrong := grid[~torch.isfinite(slope(grid))]):
             raise ValueError(f"finite derivative: {name}_dot is not finite at t = {wrong[0]:g}")
-        middle = grid[1:-1]
-        difference = (value(middle + h) - value(middle - h)) / (2 * h)
-        if not torch.allclose(slope(middle), difference, rtol=1e-4, atol=1e-4):
+        difference = (value(grid[1:-1] + h) - value(grid[1:-1] - h)) / (2 * h)
+        if not torch.allclose(slope(grid)[1:-1], difference, rtol=1e-4, atol=1e-4):
             raise ValueError(f"finite derivative: {name}_dot is not the derivative of {name}")
     return scheduler
 
@@ -696,16 +684,15 @@ def expand_like(t, x):
 
 class GaussianPath:
     """The conditional path x_t = alpha_t z + beta_t eps (assignment, section 2).
-    scheduler: an object with alpha, beta, alpha_dot and beta_dot. Throughout, x, z and eps
-    are (B, *D) and t is (B,), in [0, 1]; results are like x. Raises ValueError for another
-    shape of t, for shapes of x and z that differ, and for times outside [0, 1]."""
+    scheduler: an object with alpha, beta, alpha_dot and beta_dot. Throughout, x, z and eps are
+    (B, *D), t is (B,), in [0, 1], and results are like x. Raises ValueError for anything else."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
 
     def _coefficients(self, x, other, t):
         """alpha, beta, alpha_dot, beta_dot, each shaped to broadcast over x."""
-        require(x.shape == other.shape, f"shapes differ: {tuple(x.shape)}, {tuple(other.shape)}")
+        require(x.shape == other.shape, f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
         _check_floats(x, "x")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():  # no GPU synchronisation
             raise ValueError("t must lie in [0, 1]")
@@ -807,8 +794,7 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, channels, embedding):
         super().__init__()
-        # 16 channels a group: the size at which bf16 GroupNorm is fast on the CPU
-        groups = max(1, channels // 16)
+        groups = max(1, channels // 16)  # of 16: the size at which bf16 is fast on the CPU
         self.norm1 = nn.GroupNorm(groups, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.time = nn.Linear(embedding, 2 * channels)
@@ -841,12 +827,10 @@ class TimeEmbedding(nn.Module):
 
 class UNet(nn.Module):
     """The UNet of figure 1: model(x, t, labels=None), x (B, C, H, W), t (B,) -> like x.
-
-    Encoder: two residual layers, then downsampling. Bottleneck: three residual layers.
-    Decoder: upsampling, the skip concatenated and mixed by a 1x1 convolution, then two
-    residual layers. Resolution 28 -> 14 -> 7; H and W must be multiples of 4. With
-    num_classes > 0, labels (B,) are integers below num_classes; num_classes itself is the
-    null label, which also stands for labels=None."""
+    Encoder: two residual layers, then downsampling. Bottleneck: three residual layers. Decoder:
+    upsampling, the skip concatenated and mixed by a 1x1 convolution, then two residual layers.
+    Resolution 28 -> 14 -> 7; H and W must be multiples of 4. With num_classes > 0, labels (B,) are
+    integers below it; num_classes itself is the null label, for which labels=None stands too."""
 
     def __init__(self, channels=(32, 64, 128), in_channels=1, num_classes=0, embedding=128):
         super().__init__()
@@ -905,9 +889,7 @@ class UNet(nn.Module):
         expand_like(t, x)  # refuses another shape of t
         if labels is None:
             return
-        require(
-            self.embed_label is not None, "labels were given to a UNet built with num_classes=0"
-        )
+        require(self.embed_label is not None, "labels given to a UNet built with num_classes=0")
         if labels.shape != t.shape:
             raise ValueError(f"labels must have shape {tuple(t.shape)}, got {tuple(labels.shape)}")
         outside = (labels < 0) | (labels > self.num_classes)
@@ -960,10 +942,10 @@ def _draw_times(z, times, generator):
 
 def flow_matching_loss(model, z, path, *, source=None, times=None, generator=None):
     """Conditional flow matching loss: mean of |u(x_t, t) - (alpha_dot z + beta_dot eps)|^2.
-    One draw of t and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al. 2023,
-    eq. 9). source (B, *D) replaces eps: a flow from data to data. times: a sampler
-    (n, generator) -> t (n,); uniform on [0, 1) if None. Returns a scalar, the mean over the
-    batch of the squared error per dimension. ValueError if the model's output is not like x."""
+    One draw of t and eps ~ N(0, I) for each z (B, *D) (algorithm 1; Lipman et al. 2023, eq. 9).
+    source (B, *D) replaces eps: a flow from data to data. times: a sampler (n, generator) -> t (n,)
+    in place of the uniform one on [0, 1). Returns a scalar, the mean over the batch of the squared
+    error per dimension. ValueError if the model's output is not like x."""
     t = _draw_times(z, times, generator)
     eps = _randn_like(z, generator) if source is None else source
     target = path.velocity_target(z, t, eps)
@@ -973,9 +955,9 @@ def flow_matching_loss(model, z, path, *, source=None, times=None, generator=Non
 
 def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=None):
     """Denoising score matching: mean of w |s(x_t, t) + eps / beta|^2 for a score model.
-    weighted: w = beta^2, so that the loss is |beta s + eps|^2, finite, with the minimiser of
-    the assignment's w = 1, whose expectation is infinite (question 5a). z (B, *D), times and
-    the result as for flow_matching_loss."""
+    weighted: w = beta^2, so that the loss is |beta s + eps|^2, finite, with the minimiser of the
+    assignment's w = 1, whose expectation is infinite (question 5a). z (B, *D), times, result and
+    errors as for flow_matching_loss."""
     t, eps = _draw_times(z, times, generator), _randn_like(z, generator)
     beta = path.scheduler.beta(expand_like(t, z))
     residual = beta * check_like(model(path.sample(z, t, eps), t), eps, "the score model") + eps
@@ -984,8 +966,7 @@ def score_matching_loss(model, z, path, *, weighted=True, times=None, generator=
 
 def image_batches(images, size, labels=None):
     """Return sample_batch(generator) -> (size, 1, 28, 28) in [-1, 1], drawn with replacement.
-    images: uint8 (N, 1, 28, 28), on the generator's device. With labels (N,), a batch is the
-    pair of images and their labels."""
+    images: uint8 (N, 1, 28, 28), on the generator's device; with labels (N,), batches are pairs."""
 
     def sample_batch(generator):
         index = torch.randint(len(images), (size,), generator=generator, device=images.device)
@@ -1017,8 +998,8 @@ def choose_dtype(model, device):
 
 def orthogonalize(matrices, dtype=torch.float32):
     """Nearly the nearest semi-orthogonal matrices to (K, m, n), by five Newton-Schulz steps.
-    U S V^T becomes U S' V^T with S' in about [0.7, 1.2] (Jordan et al. 2024, whose
-    coefficients these are). dtype: of the products; bfloat16 is enough."""
+    U S V^T becomes U S' V^T, S' in about [0.7, 1.2], with the coefficients of Jordan et al. (2024).
+    dtype: of the products; bfloat16 is enough."""
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
@@ -1111,20 +1092,18 @@ def train(
     on_step=None,
 ):
     """Train with Adam and return the losses, float32 (steps,) on the CPU.
-
-    loss(model, batch, *, generator) -> scalar; sample_batch(generator) -> batch. The generator
-    is on the model's device, seeded with seed, as is the global random state (dropout). The
-    rate warms up, over at most a tenth of the steps, and decays (learning_rate); gradients are
-    clipped at norm `clip`, if not None; afterwards the model holds the exponential moving
-    average of its weights and buffers (decay min(ema, (1 + n) / (10 + n))) in eval mode.
-    muon_lr: rate of Muon for the inner convolutions, of at least 16 channels in and out.
-    dtype: of the autocast; chosen by choose_dtype if None.
-    checkpoint: a file, written every checkpoint_every steps, on Ctrl-C and on SIGTERM; a run
-    that finds it goes on there: bit for bit on the same kind of device and dtype, with new
-    random numbers from (seed, step) on another. config: a dict, what else a checkpoint must
-    have in common with the run. log: a dict that receives "seconds", "dtype" and "runs", where
-    each part was made. on_step(step, losses, model) is called after every step. Raises
-    FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
+    loss(model, batch, *, generator) -> scalar; sample_batch(generator) -> batch. The generator is
+    on the model's device, seeded with seed, as is the global random state (dropout). The rate warms
+    up, over at most a tenth of the steps, and decays (learning_rate); gradients are clipped at norm
+    `clip`, if not None; in the end the model is in eval mode and holds the exponential moving
+    average of its weights and buffers, of decay min(ema, (1 + n) / (10 + n)).
+    muon_lr: rate of Muon for the inner convolutions, of at least 16 channels in and out. dtype: of
+    the autocast, by default choose_dtype's. config: a dict, what else a checkpoint must share with
+    the run. log: a dict that receives "seconds", "dtype" and "runs", where each part was made.
+    checkpoint: a file, written every checkpoint_every steps, on Ctrl-C and on SIGTERM; a run that
+    finds it goes on there: bit for bit on the same kind of device and dtype, with new random
+    numbers from (seed, step) on another. on_step(step, losses, model) is called after every step.
+    Raises FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
     that is damaged or of another run."""
     named = getattr(loss, "func", loss)  # a partial has the name of its function
     loss_name = getattr(named, "__qualname__", type(named).__qualname__)
@@ -1186,12 +1165,10 @@ class _TrainingRun:
         products = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         muon = functools.partial(Muon, lr=config["muon_lr"], dtype=products)
         self.optimizers = [make(group) for make, group in ((adam, rest), (muon, inner)) if group]
-        enabled = self.dtype == "float16"  # else the scaler passes everything through
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         self.generator = torch.Generator(self.device).manual_seed(config["seed"])
-        self.global_random = [torch]  # the modules that have a global random state
-        if self.device.type != "cpu":
-            self.global_random.append(torch.get_device_module(self.device))
+        modules = (torch, torch.get_device_module(self.device))
+        self.global_random = [module for module in modules if hasattr(module, "get_rng_state")]
         self.losses = torch.zeros(config["steps"], device=self.device)
         self.norms = torch.zeros_like(self.losses)
         self.step, self.seconds, self.saved_random = 0, 0.0, []
@@ -1275,31 +1252,30 @@ class _TrainingRun:
     def save(self):
         """Write a checkpoint: the state as it was before an interrupted step."""
         if self.path is not None:
-            names = ("config", "step", "seconds", "parts", "losses", "averages", "random")
+            names = ("config", "step", "seconds", "parts", "random")
             state = {name: getattr(self, name) for name in names}
-            state["weights"] = self.parameters + self.kept_buffers
+            tensors = [*self.parameters, *self.kept_buffers, *self.averages, self.losses]
+            state |= {"tensors": tensors, "scaler": self.scaler.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-            _write_tensors(self.path, state | {"scaler": self.scaler.state_dict()})
+            _write_tensors(self.path, state)
 
     def restore(self):
         """Go on from the checkpoint, which may come from another device or dtype.
         Raises ValueError for one that is damaged or of another run."""
         path, again = self.path, "delete it to start again"
         state = _read_tensors(path, "checkpoint", again)
-        if not isinstance(state, dict) or not state.keys() >= {"config", "weights", "random"}:
+        if not isinstance(state, dict) or not state.keys() >= {"config", "tensors", "random"}:
             raise ValueError(f"{path} is not a checkpoint of train; name another file, or {again}")
         for field, value in self.config.items():
             found = state["config"].get(field)
             change = f"{field} = {found!r}, now {value!r}"
             require(found == value, f"{path} was written with {change}; {again}, or restore it")
-        weights = self.parameters + self.buffers
-        if [w.shape for w in state["weights"]] != [w.shape for w in weights]:
+        tensors = [*self.parameters, *self.buffers, *self.averages, self.losses]
+        if [own.shape for own in tensors] != [value.shape for value in state["tensors"]]:
             raise ValueError(f"{path} holds weights of other shapes, of another network; {again}")
+        for own, value in zip(tensors, state["tensors"], strict=True):
+            own.copy_(value)
         self.step, self.seconds = state["step"], state["seconds"]
-        own = [self.losses, *weights, *self.averages]
-        saved = [state["losses"], *state["weights"], *state["averages"]]
-        for target, value in zip(own, saved, strict=True):
-            target.copy_(value)
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             value["param_groups"][0]["fused"] = optimizer.defaults.get("fused")  # of this device
             optimizer.load_state_dict(value)
@@ -1311,27 +1287,23 @@ class _TrainingRun:
             self.saved_random = state["random"][1:]
         else:  # generators of other devices have other states
             self.generator.manual_seed(hash((self.config["seed"], self.step)) % 2**32)
-        same = last | {"step": self.step} == here
-        self.parts = state["parts"] if same else [*state["parts"], here]
+        changed = last | {"step": self.step} != here
+        self.parts = state["parts"] + ([here] if changed else [])
 
 
-def _existing_file(name, kind, remedy):
-    """Path of a file to read, one that was made here before one that was committed."""
+def _existing_file(name, kind, remedy, announced=False):
+    """Path of a file to read, one that was made here, said if announced, before a committed one."""
     for path in (output_folder(kind) / name, DATA / kind / name):
         if path.exists():
+            if announced and DATA not in path.parents:
+                print(f"using {path}")
             return path
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
 
 
-def _announce(path):
-    """Say where a file comes from that is not a committed one."""
-    if DATA not in path.parents:
-        print(f"using {path}")
-
-
-def _read_weights(name):
+def _read_weights(name, announced=False):
     remedy = f"make it by running the notebook that trains {name} with FLOW_RETRAIN={name}"
-    path = _existing_file(f"{name}.pt", "weights", remedy)
+    path = _existing_file(f"{name}.pt", "weights", remedy, announced)
     again = "restore it with git checkout, or train it again with FLOW_RETRAIN=1"
     return path, _read_tensors(path, "weights file", again)
 
@@ -1349,9 +1321,9 @@ def _halve(value):
 
 def save_weights(model, name, record):
     """Write a model's weights in float16, and the record of their run, as <name>.pt.
-    record: a dict of plain Python values and tensors, with the configuration under "config".
-    A tensor that float16 cannot hold stays in float32. Written to output_folder("weights"),
-    atomically. Raises ValueError for a record or weights that could not be read back."""
+    record: a dict of plain Python values and tensors, with the configuration under "config". What
+    float16 cannot hold stays in float32. Goes to output_folder("weights"), atomically. Raises
+    ValueError for a record or weights that could not be read back."""
     state = {k.replace("_orig_mod.", ""): _halve(v) for k, v in model.state_dict().items()}
     content = {"weights": state, "record": _plain(record, "record")}
     _write_tensors(output_folder("weights") / f"{name}.pt", content)
@@ -1359,17 +1331,14 @@ def save_weights(model, name, record):
 
 def load_weights(model, name, *, expect=None):
     """Load <name>.pt into the model; returns the model in eval mode, float32.
-    expect: a dict, compared with the configuration in the file. Raises FileNotFoundError if
-    there is no such file, ValueError if it is damaged, if a field of the configuration
-    differs (naming it), or if the weights do not fit the model."""
-    path, content = _read_weights(name)
-    _announce(path)
+    expect: a dict, compared with the configuration in the file. Raises FileNotFoundError if there
+    is no file, ValueError if it is damaged, does not fit, or differs in a field, which is named."""
+    path, content = _read_weights(name, announced=True)
     for field, value in (expect or {}).items():
         found = content["record"]["config"].get(field)
         if found != value:
             raise ValueError(f"{path} was trained with {field} = {found!r}, expected {value!r}")
-    model = model.float()
-    plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    plain = getattr(model.float(), "_orig_mod", model)  # torch.compile wraps the model
     try:
         plain.load_state_dict({k: v.float() for k, v in content["weights"].items()})
     except RuntimeError as error:
@@ -1395,22 +1364,22 @@ def retrain_wanted(name):
 def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=False):
     """Load the network <name>, after training it from scratch if asked; returns model, record.
     build() -> model, called with a generator state fixed by config["seed"]. config: what is
-    recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains
-    if retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which an
-    interrupted run goes on. Either way the weights are those of the file."""
+    recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains if
+    retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which a stopped
+    run goes on. Either way the weights are those of the file."""
     config = _plain(config, "config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         model = build().to(device)
     if retrain or retrain_wanted(name):
-        checkpoint, log = output_folder("weights") / f"{name}.checkpoint", {}
+        log, path = {}, output_folder("weights") / f"{name}.checkpoint"
         options = {k: config[k] for k in ("steps", "lr", "muon_lr", "seed", "ema") if k in config}
-        options |= {"checkpoint": checkpoint, "config": config, "log": log}
+        options |= {"checkpoint": path, "config": config, "log": log}
         losses = train(model, loss, sample_batch, **options)
         record = {"config": config, "losses": losses, **log, **describe_machine(device)}
         save_weights(model, name, record)
         load_weights(model, name, expect=config)  # before the checkpoint goes
-        checkpoint.unlink()
+        path.unlink()
     return load_weights(model, name, expect=config).to(device), load_training_log(name)
 
 
@@ -1424,8 +1393,7 @@ def load_record(name):
     Raises FileNotFoundError if it does not exist, ValueError if the weights have changed
     since it was made: the table would describe other networks."""
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
-    path = _existing_file(f"{name}.json", "records", remedy)
-    _announce(path)
+    path = _existing_file(f"{name}.json", "records", remedy, announced=True)
     content = json.loads(path.read_text())
     for network, made_with in content["weights"].items():
         if fingerprint(network) != made_with:
@@ -1461,7 +1429,7 @@ def optimal_transport_pairing(x, y):
     Exact, by SciPy's solver of the assignment problem: about N^3 operations."""
     from scipy.optimize import linear_sum_assignment
 
-    require(x.shape == y.shape, f"shapes differ: {tuple(x.shape)}, {tuple(y.shape)}")
+    require(x.shape == y.shape, f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
     a, b = (_rows(samples.detach()).cpu().double() for samples in (x, y))
     cost = torch.cdist(a, b) ** 2
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], device=y.device)
