@@ -24,9 +24,8 @@ Notation: time runs from noise, t = 0, to data, t = 1; x_t = alpha_t z + beta_t 
 D is (2,) in the plane, (1, 28, 28) for images and () for a scalar process. Images are in
 [-1, 1]. Symbols of other texts: there sigma is sometimes our beta, and beta a rate.
 
-Environment: FLOW_DEVICE picks the device; FLOW_RETRAIN, "1" or names of networks, trains
-instead of loading; FLOW_PROGRESS=0 hides progress bars; FLOW_OUTPUT, build/ by default, is
-where new figures, weights and records go."""
+Environment: FLOW_DEVICE picks the device; FLOW_RETRAIN, "1" or names of networks, trains instead
+of loading; FLOW_PROGRESS=0 hides progress bars; new files go to FLOW_OUTPUT, build/ by default."""
 
 import contextlib
 import functools
@@ -44,6 +43,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -91,8 +91,7 @@ def show_source(*objects):
 
 def claim(text, check):
     """Print the text with a tick, or with a cross and "not with these values". Never raises.
-    check: a bool, a tensor of one bool, or a function of no arguments that returns one. An
-    exception in it, or anything that is not a bool, is a cross too."""
+    check: a bool, a tensor of one, or a function without arguments; all but True is a cross."""
     try:
         value = check() if callable(check) else check
         holds = getattr(value, "item", lambda: value)() is True
@@ -123,9 +122,8 @@ def write_atomically(path, content):
 
 
 def output_folder(kind):
-    """Where new files of a kind go, "figures", "weights" or "records": below FLOW_OUTPUT.
-    FLOW_OUTPUT is build/ by default, on Colab outside the clone; the root of the repository
-    means the committed folders."""
+    """Where new files of a kind, "figures", "weights" or "records", go: below FLOW_OUTPUT, if unset
+    build/, on Colab outside the clone; the root of the repository means the committed folders."""
     default = Path("/content") if "google.colab" in sys.modules else ROOT
     base = Path(os.environ.get("FLOW_OUTPUT") or default / "build").expanduser().absolute()
     return (base if kind == "figures" or base != ROOT else DATA) / kind
@@ -134,8 +132,7 @@ def output_folder(kind):
 def _randn_like(x, generator=None):
     """Standard normal noise like x, drawn on the generator's device and moved to x."""
     device = x.device if generator is None else generator.device
-    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    return noise.to(x.device)
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 # 2  Solvers ----------------------------------------------------------------------------
@@ -541,10 +538,9 @@ def _unpack(name):
 
 
 def load_fashion_mnist(split="train"):
-    """Load Fashion-MNIST from the IDX files under data/, verified by SHA-256.
-    Returns images uint8 (N, 1, 28, 28) and labels int64 (N,); N is 60 000 for "train", 10 000 for
-    "test". Raises FileNotFoundError if a file is missing, ValueError if one is damaged or the
-    split unknown."""
+    """Load Fashion-MNIST from data/: images uint8 (N, 1, 28, 28) and labels int64 (N,).
+    N is 60 000 for "train" and 10 000 for "test". Raises FileNotFoundError if a file is missing,
+    ValueError if one is damaged (its SHA-256 tells) or the split unknown."""
     require(split in ("train", "test"), f'split must be "train" or "test", got {split!r}')
     from torchvision.datasets import FashionMNIST  # slow import, needed for images only
 
@@ -655,9 +651,8 @@ SCHEDULERS = dict(
 
 def check_scheduler(scheduler):
     """Check the requirements on (alpha, beta) of section 2 of the assignment, in float64.
-    alpha increases from 0 to 1 and beta decreases from 1 to 0 on [0, 1]; their derivatives are
-    finite there, and those of alpha and beta. Returns the scheduler; raises ValueError naming the
-    property that fails."""
+    alpha rises from 0 to 1, beta falls from 1 to 0, and alpha_dot and beta_dot are the derivatives,
+    finite on [0, 1]. Returns the scheduler; raises ValueError naming the property that fails."""
     grid, h = torch.linspace(0, 1, 2001, dtype=torch.float64), 1e-6
     for name, ends, sign in (("alpha", [0.0, 1.0], 1), ("beta", [1.0, 0.0], -1)):
         value, slope = getattr(scheduler, name), getattr(scheduler, f"{name}_dot")
@@ -691,11 +686,10 @@ class GaussianPath:
         self.scheduler = scheduler
 
     def _coefficients(self, x, other, t):
-        """alpha, beta, alpha_dot, beta_dot, each shaped to broadcast over x."""
+        """alpha, beta, alpha_dot, beta_dot, to broadcast over x; no check makes a GPU wait."""
         require(x.shape == other.shape, f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
         _check_floats(x, "x")
-        if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():  # no GPU synchronisation
-            raise ValueError("t must lie in [0, 1]")
+        require(t.device.type != "cpu" or ((t >= 0) & (t <= 1)).all(), "t must lie in [0, 1]")
         t, s = expand_like(t, x).to(x.dtype), self.scheduler
         return s.alpha(t), s.beta(t), s.alpha_dot(t), s.beta_dot(t)
 
@@ -764,20 +758,18 @@ def reschedule(velocity, scheduler):
 
 class MLP(nn.Module):
     """Multilayer perceptron on (x, t): x (B, dim), t (B,) -> (B, dim).
-    `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3.
-    octaves: sines and cosines of x at pi, 2 pi, 4 pi, ..., so many frequencies, are inputs too.
-    time_input: a function (B,) -> (B,), whose value is the input in place of t."""
+    `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3. octaves:
+    sines and cosines of x at pi, 2 pi, 4 pi, ..., so many frequencies, are inputs too. time_input:
+    a function (B,) -> (B,), whose value is the input in place of t."""
 
     def __init__(self, dim=2, hidden=64, layers=4, octaves=0, time_input=None):
         super().__init__()
         self.dim, self.time_input = dim, time_input
         frequencies = math.pi * 2.0 ** torch.arange(octaves)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        blocks, width = [], dim * (1 + 2 * octaves) + 1
-        for _ in range(layers):
-            blocks += [nn.Linear(width, hidden), nn.SiLU()]
-            width = hidden
-        self.net = nn.Sequential(*blocks, nn.Linear(width, dim))
+        widths = [dim * (1 + 2 * octaves) + 1, *layers * [hidden]]
+        blocks = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.SiLU())]
+        self.net = nn.Sequential(*blocks, nn.Linear(widths[-1], dim))
 
     def forward(self, x, t):
         require(x.shape[1:] == (self.dim,), f"x must be (B, {self.dim}), got {tuple(x.shape)}")
@@ -1021,11 +1013,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        by_shape = {}
-        for kernel in group["params"]:
-            if kernel.grad is not None:
-                by_shape.setdefault(kernel.shape, []).append(kernel)
-        for shape, kernels in by_shape.items():
+        with_gradient = [kernel for kernel in group["params"] if kernel.grad is not None]
+        for shape in {kernel.shape for kernel in with_gradient}:
+            kernels = [kernel for kernel in with_gradient if kernel.shape == shape]
             looks_ahead = []
             for kernel in kernels:
                 velocity = self.state[kernel].setdefault("velocity", torch.zeros_like(kernel))
@@ -1131,8 +1121,7 @@ def train(
                 if on_step is not None:
                     on_step(run.step, run.losses[: run.step], model)
         except (KeyboardInterrupt, SystemExit):
-            if run.random is not None and not run.fault():
-                run.save()
+            run.save()
             raise
     torch._foreach_copy_(run.tracked, run.averages)
     if log is not None:
@@ -1204,8 +1193,7 @@ class _TrainingRun:
     def remember(self):
         """Keep what the next step changes before it is complete; from here it can be repeated."""
         self.kept_buffers = [b.clone() for b in self.buffers]
-        states = [module.get_rng_state() for module in self.global_random]
-        self.random = [self.generator.get_state(), *states]
+        self.random = [self.generator.get_state(), *(m.get_rng_state() for m in self.global_random)]
 
     def update(self, loss, sample_batch):
         """One optimisation step."""
@@ -1215,9 +1203,8 @@ class _TrainingRun:
             value = loss(self.model, batch, generator=self.generator)
         warmup = min(config["warmup"], config["steps"] // 10)
         for optimizer in self.optimizers:
-            peak = optimizer.defaults["lr"]
-            rate = learning_rate(self.step, config["steps"], peak, warmup, config["decay"])
-            optimizer.param_groups[0]["lr"] = rate
+            group, peak = optimizer.param_groups[0], optimizer.defaults["lr"]
+            group["lr"] = learning_rate(self.step, config["steps"], peak, warmup, config["decay"])
             optimizer.zero_grad()
         self.scaler.scale(value).backward()
         for optimizer in self.optimizers:
@@ -1250,18 +1237,17 @@ class _TrainingRun:
         return f"the {names[column]} is {value} at step {step}; {kept}. Lower lr and start again"
 
     def save(self):
-        """Write a checkpoint: the state as it was before an interrupted step."""
-        if self.path is not None:
-            names = ("config", "step", "seconds", "parts", "random")
-            state = {name: getattr(self, name) for name in names}
-            tensors = [*self.parameters, *self.kept_buffers, *self.averages, self.losses]
-            state |= {"tensors": tensors, "scaler": self.scaler.state_dict()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-            _write_tensors(self.path, state)
+        """Write a checkpoint, of the state before an interrupted step; of no half step or fault."""
+        if self.path is None or self.random is None or self.fault():
+            return
+        state = {k: vars(self)[k] for k in ("config", "step", "seconds", "parts", "random")}
+        tensors = [*self.parameters, *self.kept_buffers, *self.averages, self.losses]
+        state |= {"tensors": tensors, "scaler": self.scaler.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        _write_tensors(self.path, state)
 
     def restore(self):
-        """Go on from the checkpoint, which may come from another device or dtype.
-        Raises ValueError for one that is damaged or of another run."""
+        """Go on from the checkpoint, of any device; ValueError if damaged or of another run."""
         path, again = self.path, "delete it to start again"
         state = _read_tensors(path, "checkpoint", again)
         if not isinstance(state, dict) or not state.keys() >= {"config", "tensors", "random"}:
@@ -1320,10 +1306,9 @@ def _halve(value):
 
 
 def save_weights(model, name, record):
-    """Write a model's weights in float16, and the record of their run, as <name>.pt.
+    """Write a model's weights, float16, and the record of their run to <name>.pt, atomically.
     record: a dict of plain Python values and tensors, with the configuration under "config". What
-    float16 cannot hold stays in float32. Goes to output_folder("weights"), atomically. Raises
-    ValueError for a record or weights that could not be read back."""
+    float16 cannot hold stays float32. Raises ValueError for what could not be read back."""
     state = {k.replace("_orig_mod.", ""): _halve(v) for k, v in model.state_dict().items()}
     content = {"weights": state, "record": _plain(record, "record")}
     _write_tensors(output_folder("weights") / f"{name}.pt", content)
@@ -1492,14 +1477,13 @@ class FashionClassifier(nn.Module):
 
     def __init__(self, pretrained=True):
         super().__init__()
-        layers, width = [], 1
-        for channels in (32, 64, 128):  # 28 -> 14 -> 7 -> 4
+        layers = []
+        for width, channels in pairwise((1, 32, 64, 128)):  # 28 -> 14 -> 7 -> 4
             layers += [nn.Conv2d(width, channels, 3, padding=1), nn.GroupNorm(2, channels)]
             layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
             layers += [nn.GroupNorm(2, channels), nn.SiLU()]
-            width = channels
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.embed = nn.Sequential(nn.Linear(width, 64), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(channels, 64), nn.SiLU())
         self.logits = nn.Linear(64, 10)
         self.to(memory_format=torch.channels_last)
         if pretrained:
