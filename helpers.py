@@ -523,15 +523,15 @@ FASHION_SHA256 = {
 
 
 def _unpack(name):
-    """The content of data/<name>.gz, verified."""
+    """The content of data/<name>.gz, verified, as bytes that may be written to."""
     packed = DATA / f"{name}.gz"
     remedy = f"restore it with `git checkout -- {packed.relative_to(ROOT)}`"
     if not packed.exists():
         raise FileNotFoundError(f"{packed} is missing; {remedy}")
     try:
-        content = gzip.decompress(packed.read_bytes())
+        content = bytearray(gzip.decompress(packed.read_bytes()))
     except Exception:  # gzip has three kinds
-        content = b""
+        content = bytearray()
     if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
         raise ValueError(f"{packed} is damaged, or not the published file; {remedy}")
     return content
@@ -542,16 +542,11 @@ def load_fashion_mnist(split="train"):
     N is 60 000 for "train" and 10 000 for "test". Raises FileNotFoundError if a file is missing,
     ValueError if one is damaged (its SHA-256 tells) or the split unknown."""
     require(split in ("train", "test"), f'split must be "train" or "test", got {split!r}')
-    from torchvision.datasets import FashionMNIST  # slow import, needed for images only
-
     prefix = "train" if split == "train" else "t10k"
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name in FASHION_SHA256:  # torchvision looks for all four, and reads two
-            (raw / name).write_bytes(_unpack(name) if name.startswith(prefix) else b"")
-        dataset = FashionMNIST(folder, train=split == "train")
-    return dataset.data.unsqueeze(1), dataset.targets
+    images, labels = (_unpack(name) for name in FASHION_SHA256 if name.startswith(prefix))
+    images = torch.frombuffer(images, dtype=torch.uint8, offset=16)  # after the header
+    labels = torch.frombuffer(labels, dtype=torch.uint8, offset=8)
+    return images.reshape(-1, 1, 28, 28), labels.long()
 
 
 def to_model_range(images):
