@@ -569,20 +569,31 @@ def to_image_range(x):
 # 4  Schedules --------------------------------------------------------------------------
 
 
-class LinearScheduler:
-    """alpha = t, beta = 1 - t (assignment, question 2a). All methods: t any shape -> like t."""
+class PolynomialScheduler:
+    """alpha = t^p, beta = 1 - t^p with p >= 1. Methods of all schedulers: t any shape -> like t."""
+
+    def __init__(self, power):
+        require(power >= 1, f"power must be at least 1, got {power}: alpha_dot infinite at t = 0")
+        self.power = power
 
     def alpha(self, t):
-        return t
+        return t**self.power
 
     def beta(self, t):
-        return 1 - t
+        return 1 - t**self.power
 
     def alpha_dot(self, t):
-        return torch.ones_like(t)
+        return self.power * t ** (self.power - 1)
 
     def beta_dot(self, t):
-        return -torch.ones_like(t)
+        return -self.power * t ** (self.power - 1)
+
+
+class LinearScheduler(PolynomialScheduler):
+    """alpha = t, beta = 1 - t (assignment, question 2a): the polynomial schedule of power 1."""
+
+    def __init__(self):
+        super().__init__(1)
 
 
 class CosineScheduler:
@@ -599,27 +610,6 @@ class CosineScheduler:
 
     def beta_dot(self, t):
         return -math.pi / 2 * torch.sin(math.pi / 2 * t)
-
-
-class PolynomialScheduler:
-    """alpha = t^p, beta = 1 - t^p with p >= 1; p = 1 is the linear schedule."""
-
-    def __init__(self, power):
-        why = "below 1 the derivative of t^p is infinite at t = 0"
-        require(power >= 1, f"power must be at least 1, got {power}: {why}")
-        self.power = power
-
-    def alpha(self, t):
-        return t**self.power
-
-    def beta(self, t):
-        return 1 - t**self.power
-
-    def alpha_dot(self, t):
-        return self.power * t ** (self.power - 1)
-
-    def beta_dot(self, t):
-        return -self.power * t ** (self.power - 1)
 
 
 class FunctionScheduler:
