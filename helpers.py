@@ -268,10 +268,10 @@ def adams_bashforth2(velocity, x0, ts, *, trajectory=False):
 
 def divergence(velocity, x, t, probes=None):
     """The divergence sum_i du_i/dx_i of a field at x (B, *D) and t (B,); returns (B,).
-    Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of
-    mean 0 and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
-    Hutchinson's unbiased estimate, at the cost of K gradients. Also under torch.inference_mode.
-    Raises ValueError for wrong shapes and for a field that autograd cannot see through."""
+    Exact, by one gradient for each dimension, if probes is None. With probes (K, B, *D) of mean 0
+    and unit covariance, +-1 for instance: the mean of v . (du/dx) v over the K probes v,
+    Hutchinson's unbiased estimate, at the cost of K gradients. Also in torch.inference_mode. Raises
+    ValueError for wrong shapes and for a field that autograd cannot see through."""
     return _with_divergence(velocity, x, t, probes)[1]
 
 
@@ -281,15 +281,14 @@ def _with_divergence(velocity, x, t, probes):
     count = 1 if probes is None else len(probes)
     if probes is None:
         size = math.prod(x.shape[1:])
-        probes = torch.eye(size, dtype=x.dtype, device=x.device)
-        probes = probes.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
+        probes = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
     elif probes.shape[1:] != x.shape or not count:
         raise ValueError(f"probes must be (K, *{tuple(x.shape)}), got {tuple(probes.shape)}")
     with torch.inference_mode(False), torch.enable_grad():
         x, t = x.detach().clone().requires_grad_(), t.clone()
         u = check_like(velocity(x, t), x, "velocity").to(x.dtype)
         total = x.new_zeros(len(x))
-        for v in probes:
+        for v in probes.expand(-1, *x.shape):
             options = {"retain_graph": True, "allow_unused": True}
             slope = torch.autograd.grad(u, x, v, **options)[0] if u.requires_grad else None
             if slope is None:  # no dependence on x, or one that no_grad or detach hides
@@ -1074,7 +1073,7 @@ def train(
     average of its weights and buffers, of decay min(ema, (1 + n) / (10 + n)).
     muon_lr: rate of Muon for the inner convolutions, of at least 16 channels in and out. dtype: of
     the autocast, by default choose_dtype's. config: a dict, what else a checkpoint must share with
-    the run. log: a dict that receives "seconds", "dtype" and "runs", where each part was made.
+    the run. log: a dict that gets "seconds", "dtype" and "runs", where each part was made.
     checkpoint: a file, written every checkpoint_every steps, on Ctrl-C and on SIGTERM; a run that
     finds it goes on there: bit for bit on the same kind of device and dtype, with new random
     numbers from (seed, step) on another. on_step(step, losses, model) is called after every step.
@@ -1226,10 +1225,9 @@ class _TrainingRun:
         if self.path is None or self.random is None or self.fault():
             return
         state = {k: vars(self)[k] for k in ("config", "step", "seconds", "parts", "random")}
-        tensors = [*self.parameters, *self.kept_buffers, *self.averages, self.losses]
-        state |= {"tensors": tensors, "scaler": self.scaler.state_dict()}
+        state["tensors"] = [*self.parameters, *self.kept_buffers, *self.averages, self.losses]
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        _write_tensors(self.path, state)
+        _write_tensors(self.path, state | {"scaler": self.scaler.state_dict()})
 
     def restore(self):
         """Go on from the checkpoint, of any device; ValueError if damaged or of another run."""
@@ -1335,8 +1333,8 @@ def train_or_load(name, build, loss, sample_batch, *, config, device, retrain=Fa
     """Load the network <name>, after training it from scratch if asked; returns model, record.
     build() -> model, called with a generator state fixed by config["seed"]. config: what is
     recorded and checked; its steps, lr, seed, ema and, if there, muon_lr go to train. It trains if
-    retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights from which a stopped
-    run goes on. Either way the weights are those of the file."""
+    retrain, or if FLOW_RETRAIN says so, with a checkpoint beside the weights, where a stopped run
+    goes on. Either way the weights are those of the file."""
     config = _plain(config, "config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
