@@ -319,8 +319,7 @@ def log_likelihood(velocity, x, ts, *, probes=None):
 
 def sde_drift(velocity, score, diffusion):
     """The drift u + (sigma^2 / 2) s of the SDE that keeps the marginals p_t (eq. 3).
-    velocity, score: (x, t) -> like x. diffusion: a number, or t (B,) -> (B,).
-    With the number 0 the velocity is returned and the score never evaluated."""
+    velocity, score: (x, t) -> like x. diffusion: a number (0: velocity alone) or t (B,) -> (B,)."""
     if not callable(diffusion) and _diffusion_at(diffusion, None, None) == 0:
         return velocity
 
@@ -342,8 +341,7 @@ def ou_moments(x0, t, theta, sigma):
     x0, t, theta, sigma = (torch.as_tensor(value, dtype=dtype) for value in values)
     rate = torch.where(theta == 0, torch.ones_like(theta), 2 * theta)
     elapsed = torch.where(theta == 0, t, -torch.expm1(-2 * theta * t) / rate)
-    mean, variance, _ = torch.broadcast_tensors(x0 * torch.exp(-theta * t), sigma**2 * elapsed, x0)
-    return mean, variance
+    return torch.broadcast_tensors(x0 * torch.exp(-theta * t), sigma**2 * elapsed, x0)[:2]
 
 
 # 3  Data -------------------------------------------------------------------------------
@@ -623,8 +621,7 @@ class FunctionScheduler:
     def _derivative(function, t):
         with torch.enable_grad():
             t = t.detach().requires_grad_()
-            value = function(t) + 0 * t  # a constant has a derivative, too
-            return torch.autograd.grad(value.sum(), t)[0]
+            return torch.autograd.grad((function(t) + 0 * t).sum(), t)[0]  # constants have one, too
 
 
 # The schedules compared in questions 2(d) and 4(d)
@@ -840,9 +837,8 @@ class UNet(nn.Module):
         self._check(x, t, labels)
         emb = self.embed_time(t)
         if self.embed_label is not None:
-            if labels is None:
-                labels = torch.full(t.shape, self.num_classes, device=t.device)
-            emb = emb + self.embed_label(labels)
+            null = torch.full(t.shape, self.num_classes, device=t.device)
+            emb = emb + self.embed_label(null if labels is None else labels)
 
         def through(layers, h):
             for layer in layers:
@@ -862,15 +858,14 @@ class UNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % 4 or x.shape[3] % 4:
             wanted = f"(B, {self.in_channels}, H, W) with H and W multiples of 4"
             raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
-        expand_like(t, x)  # refuses another shape of t
+        expand_like(t, x)  # refuses another shape of t; below, no check makes a GPU wait
         if labels is None:
             return
         require(self.embed_label is not None, "labels given to a UNet built with num_classes=0")
         if labels.shape != t.shape:
             raise ValueError(f"labels must have shape {tuple(t.shape)}, got {tuple(labels.shape)}")
-        outside = (labels < 0) | (labels > self.num_classes)
-        if labels.device.type == "cpu" and outside.any():  # no GPU synchronisation
-            raise ValueError(f"labels must lie in 0 .. {self.num_classes}, the null label")
+        inside = labels.device.type != "cpu" or ((labels >= 0) & (labels <= self.num_classes)).all()
+        require(inside, f"labels must lie in 0 .. {self.num_classes}, the null label")
 
 
 def guided_velocity(model, labels, guidance):
@@ -974,8 +969,7 @@ def choose_dtype(model, device):
 
 def orthogonalize(matrices, dtype=torch.float32):
     """Nearly the nearest semi-orthogonal matrices to (K, m, n), by five Newton-Schulz steps.
-    U S V^T becomes U S' V^T, S' in about [0.7, 1.2], with the coefficients of Jordan et al. (2024).
-    dtype: of the products; bfloat16 is enough."""
+    U S V^T becomes U S' V^T, S' in about [0.7, 1.2] (Jordan et al. 2024); dtype: of products."""
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
@@ -1080,9 +1074,9 @@ def train(
     Raises FloatingPointError if the loss or its gradient is not finite, ValueError for a checkpoint
     that is damaged or of another run."""
     named = getattr(loss, "func", loss)  # a partial has the name of its function
-    loss_name = getattr(named, "__qualname__", type(named).__qualname__)
+    name = getattr(named, "__qualname__", type(named).__qualname__)
     options = dict(steps=steps, lr=lr, muon_lr=muon_lr, seed=seed, ema=ema, warmup=warmup)
-    options |= dict(decay=decay, clip=clip, loss=loss_name)
+    options |= dict(decay=decay, clip=clip, loss=name)
     run = _TrainingRun(model, _plain((config or {}) | options, "config"), dtype, checkpoint)
     hidden = os.environ.get("FLOW_PROGRESS") == "0"
     bar = tqdm(total=steps, initial=run.step, desc="training", disable=hidden, leave=False)
@@ -1210,15 +1204,15 @@ class _TrainingRun:
 
     def fault(self):
         """What was not finite first, the loss or its gradient, and what to do; or None."""
-        values = torch.stack([self.losses, self.norms], dim=1)[: self.step]
-        faults = (~torch.isfinite(values)).nonzero().tolist()  # by step, the loss first
+        both = torch.stack([self.losses, self.norms], dim=1)[: self.step]
+        faults = (~torch.isfinite(both)).nonzero().tolist()  # by step, the loss first
         if not faults:
             return None
-        (step, column), names = faults[0], ("loss", "norm of the gradient")
+        n, column = faults[0]
+        what = ("loss", "norm of the gradient")[column]
         saved = self.path is not None and self.path.exists()
         kept = f"the last good state is in {self.path}" if saved else "nothing was saved"
-        value = values[step, column].item()
-        return f"the {names[column]} is {value} at step {step}; {kept}. Lower lr and start again"
+        return f"the {what} is {both[n, column]} at step {n}; {kept}. Lower lr and start again"
 
     def save(self):
         """Write a checkpoint, of the state before an interrupted step; of no half step or fault."""
