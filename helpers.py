@@ -77,8 +77,7 @@ def make_generator(seed):
 
 
 # The lines as they are imported: show_source stays right when the file is edited afterwards.
-_LINES = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
-linecache.cache[__file__] = (0, None, _LINES, __file__)
+linecache.cache[__file__] = (0, None, linecache.updatecache(__file__), __file__)
 
 
 def show_source(*objects):
@@ -311,8 +310,7 @@ def log_likelihood(velocity, x, ts, *, probes=None):
         u, change = _with_divergence(velocity, state[:, :-1].reshape(x.shape), t, probes)
         return torch.cat([_rows(u), change[:, None]], dim=1)
 
-    start = torch.cat([_rows(x), x.new_zeros(len(x), 1)], dim=1)
-    end = heun(augmented, start, ts.flip(0))
+    end = heun(augmented, torch.cat([_rows(x), x.new_zeros(len(x), 1)], dim=1), ts.flip(0))
     z, change = end[:, :-1], end[:, -1]  # change: the integral from 1 to 0
     return change - (z.square() + math.log(2 * math.pi)).sum(dim=1) / 2
 
@@ -510,8 +508,7 @@ FASHION_CLASSES = (
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 
-# SHA-256 of the decompressed IDX files, as published by Zalando Research.
-FASHION_SHA256 = {
+FASHION_SHA256 = {  # of the decompressed IDX files, as published by Zalando Research
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -624,8 +621,7 @@ class FunctionScheduler:
             return torch.autograd.grad((function(t) + 0 * t).sum(), t)[0]  # constants have one, too
 
 
-# The schedules compared in questions 2(d) and 4(d)
-SCHEDULERS = dict(
+SCHEDULERS = dict(  # compared in questions 2(d) and 4(d)
     linear=LinearScheduler(), cosine=CosineScheduler(), polynomial=PolynomialScheduler(2)
 )
 
@@ -870,8 +866,7 @@ class UNet(nn.Module):
 
 def guided_velocity(model, labels, guidance):
     """Classifier-free guidance u(x) + w (u(x | y) - u(x)) as a velocity (Ho & Salimans 2022).
-    model: a UNet, (x, t, labels); labels y (B,); guidance w, a number or one a sample, (B,):
-    1 is the conditional velocity. Two evaluations, in one batch."""
+    model: a UNet, asked once for both; labels y (B,); w a number or (B,), 1: the conditional u."""
 
     def velocity(x, t):
         both = torch.cat([labels, torch.full_like(labels, model.num_classes)])
@@ -1120,8 +1115,7 @@ class _TrainingRun:
         self.dtype = dtype or choose_dtype(model, self.device)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
-        self.parameters = [p.detach() for p in model.parameters()]
-        self.buffers = list(model.buffers())
+        self.parameters, self.buffers = [p.detach() for p in model.parameters()], [*model.buffers()]
         self.tracked = [p.detach() for p in trained]
         self.tracked += [b for b in self.buffers if b.is_floating_point()]
         self.averages = [w.clone() for w in self.tracked]
@@ -1175,8 +1169,7 @@ class _TrainingRun:
 
     def update(self, loss, sample_batch):
         """One optimisation step."""
-        batch, config = sample_batch(self.generator), self.config
-        dtype = getattr(torch, self.dtype)
+        batch, config, dtype = sample_batch(self.generator), self.config, getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             value = loss(self.model, batch, generator=self.generator)
         warmup = min(config["warmup"], config["steps"] // 10)
@@ -1208,11 +1201,10 @@ class _TrainingRun:
         faults = (~torch.isfinite(both)).nonzero().tolist()  # by step, the loss first
         if not faults:
             return None
-        n, column = faults[0]
-        what = ("loss", "norm of the gradient")[column]
+        (n, i), names = faults[0], ("loss", "norm of the gradient")
         saved = self.path is not None and self.path.exists()
         kept = f"the last good state is in {self.path}" if saved else "nothing was saved"
-        return f"the {what} is {both[n, column]} at step {n}; {kept}. Lower lr and start again"
+        return f"the {names[i]} is {both[n, i]} at step {n}; {kept}. Lower lr and start again"
 
     def save(self):
         """Write a checkpoint, of the state before an interrupted step; of no half step or fault."""
@@ -1357,9 +1349,8 @@ def load_record(name):
     remedy = f"make it with `python notebooks/evaluate.py {name}`"
     path = _existing_file(f"{name}.json", "records", remedy, announced=True)
     content = json.loads(path.read_text())
-    for network, made_with in content["weights"].items():
-        if fingerprint(network) != made_with:
-            raise ValueError(f"{path} was made with other weights of {network}; {remedy}")
+    others = [net for net, made_with in content["weights"].items() if fingerprint(net) != made_with]
+    require(not others, f"{path} was made with other weights of {', '.join(others)}; {remedy}")
     return content
 
 
