@@ -57,8 +57,6 @@ DATA = ROOT / "data"
 
 
 # 1  Setup ------------------------------------------------------------------------------
-
-
 def pick_device():
     """Return the device named by FLOW_DEVICE, else cuda, else mps, else cpu.
     Raises ValueError if FLOW_DEVICE names a device that this machine does not have."""
@@ -135,8 +133,6 @@ def _randn_like(x, generator=None):
 
 
 # 2  Solvers ----------------------------------------------------------------------------
-
-
 def time_grid(steps, start=0.0, end=1.0):
     """Equally spaced times from start to end, (steps + 1,); decreasing if end < start."""
     require(steps >= 1 and start != end, f"need steps >= 1, start != end; got {steps, start, end}")
@@ -343,8 +339,6 @@ def ou_moments(x0, t, theta, sigma):
 
 
 # 3  Data -------------------------------------------------------------------------------
-
-
 class GaussianMixture:
     """A mixture of K isotropic Gaussians in R^D: the data distribution with exact answers.
     means (K, D); stds (K,), positive; weights (K,), positive, default equal (normalised).
@@ -561,8 +555,6 @@ def to_image_range(x):
 
 
 # 4  Schedules --------------------------------------------------------------------------
-
-
 class PolynomialScheduler:
     """alpha = t^p, beta = 1 - t^p with p >= 1. Methods of all schedulers: t any shape -> like t."""
 
@@ -646,8 +638,6 @@ def check_scheduler(scheduler):
 
 
 # 5  Paths ------------------------------------------------------------------------------
-
-
 def expand_like(t, x):
     """Reshape t (B,) to (B, 1, ..., 1) so that it broadcasts over x (B, *D)."""
     require(t.shape == x.shape[:1], f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
@@ -731,8 +721,6 @@ def reschedule(velocity, scheduler):
 
 
 # 6  Networks ---------------------------------------------------------------------------
-
-
 class MLP(nn.Module):
     """Multilayer perceptron on (x, t): x (B, dim), t (B,) -> (B, dim).
     `layers` hidden layers of width `hidden`, with SiLU; for dim = 2 the input is in R^3. octaves:
@@ -893,9 +881,7 @@ class NoiseScore(nn.Module):
         return -check_like(self.net(x, t), x, "net") / beta
 
 
-# 7  Training ----------------------------------------------------------------------------
-
-
+# 7  Training ---------------------------------------------------------------------------
 def _draw_times(z, times, generator):
     """Times (B,) for a batch z (B, *D): uniform on [0, 1), or those of times(n, generator)."""
     require(z.is_floating_point(), f"z must be floats, got {z.dtype}; images need to_model_range")
@@ -1363,8 +1349,6 @@ def describe_machine(device):
 
 
 # 8  Metrics ----------------------------------------------------------------------------
-
-
 def _check_samples(x, y):
     """x and y less the mean of x, in float64 on the CPU (MPS has none): no metric changes by the
     shift, and none cancels."""
