@@ -88,7 +88,7 @@ def show_source(*objects):
 
 def claim(text, check):
     """Print the text with a tick, or with a cross and "not with these values". Never raises.
-    check: a bool, a tensor of one, or a function without arguments; all but True is a cross."""
+    check: a bool, a tensor of one or a function of no arguments; an exception, too, is a cross."""
     try:
         value = check() if callable(check) else check
         holds = getattr(value, "item", lambda: value)() is True
@@ -518,7 +518,7 @@ def _unpack(name):
         raise FileNotFoundError(f"{packed} is missing; {remedy}")
     try:
         content = bytearray(gzip.decompress(packed.read_bytes()))
-    except Exception:  # gzip has three kinds
+    except Exception:  # OSError, EOFError or zlib.error
         content = bytearray()
     if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
         raise ValueError(f"{packed} is damaged, or not the published file; {remedy}")

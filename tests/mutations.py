@@ -127,6 +127,8 @@ FAULTS = [
     ("return half if not (lost", "return half if True or not (lost"),
     ("os.fsync(file.fileno())", "pass"),
     ("value[\"param_groups\"][0][\"fused\"] = optimizer.defaults.get(\"fused\")", "pass"),
+    ("self.random is None or self.fault():", "self.fault():"),
+    ("or self.random is None or self.fault():", "or self.random is None:"),
     ("if last[\"device\"] == self.device.type:", "if True:"),
 ]  # fmt: skip
 
