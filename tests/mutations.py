@@ -32,7 +32,7 @@ FAULTS = [
     ("_randn_like(x, generator), alpha=", "_randn_like(x[:1], generator).expand_as(x), alpha="),
     ("velocity(guess, t_next)", "velocity(guess, t)"),
     ("torch.add(x, slope + slope_next, alpha=h / 2)", "torch.add(x, slope, alpha=h)"),
-    ("        xs[0] = x\n", "        pass\n"),
+    ("    xs[0] = x\n", "    pass\n"),
     (
         "slope_next = check_like(velocity(guess, t_next), x, \"velocity\").to(x.dtype)",
         "slope_next = check_like(velocity(guess, t_next), x, \"velocity\")",
@@ -84,7 +84,7 @@ FAULTS = [
         "return -check_like(self.net(x, t), x, \"net\") / beta",
         "return check_like(self.net(x, t), x, \"net\") / beta",
     ),
-    ("nn.init.zeros_(self.head[-1].weight)", "pass"),
+    ("nn.init.zeros_(last.weight)", "pass"),
     ("residual = beta * check_like", "residual = check_like"),
     ("(residual if weighted else residual / beta)", "(residual if weighted else residual * beta)"),
     (
@@ -119,15 +119,17 @@ FAULTS = [
     ("max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5", "1"),
     ("kernel.grad.lerp(velocity, group[\"momentum\"])", "velocity"),
     ("min(p.shape[:2]) >= 16]", "min(p.shape[:2]) >= 1]"),
-    ("self.weights[: -len(self.buffers) or None] + self.kept_buffers", "self.weights"),
-    ("self._set_global_random(self.saved_random or [])", "pass"),
+    ("*self.parameters, *self.kept_buffers,", "*self.parameters, *self.buffers,"),
+    ("zip(self.global_random, self.saved_random,", "zip(self.global_random, [],"),
     ("self.norms[self.step] = norm.detach()", "pass"),
     ("if b.is_floating_point()]", "if False]"),
     ("clip = math.inf if config", "clip = 1.0 if config"),
     ("return half if not (lost", "return half if True or not (lost"),
     ("os.fsync(file.fileno())", "pass"),
-    ("group[\"fused\"] = here.get(\"fused\")", "pass"),
-    ("if state[\"parts\"][-1][\"device\"] == self.device.type:", "if True:"),
+    ("value[\"param_groups\"][0][\"fused\"] = optimizer.defaults.get(\"fused\")", "pass"),
+    ("self.random is None or self.fault():", "self.fault():"),
+    ("or self.random is None or self.fault():", "or self.random is None:"),
+    ("if last[\"device\"] == self.device.type:", "if True:"),
 ]  # fmt: skip
 
 

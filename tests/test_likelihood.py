@@ -116,7 +116,7 @@ def test_pairing_is_the_best_of_all_permutations(shape):
 
 
 def test_pairing_refuses_different_shapes():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shapes differ"):
         optimal_transport_pairing(torch.zeros(3, 2), torch.zeros(4, 2))
 
 

@@ -456,7 +456,7 @@ def test_divergence_names_the_step_and_what_was_kept(at, kept, tmp_path):
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         assert state["step"] == 5
-        assert all(weight.isfinite().all() for weight in state["weights"])
+        assert all(tensor.isfinite().all() for tensor in state["tensors"])
 
 
 def test_divergence_without_a_checkpoint():
@@ -489,7 +489,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(at, tmp_path):
         train(model, loss, sample_batch, **options)
     state = torch.load(checkpoint, weights_only=True)
     assert state["step"] == at - 2
-    assert all(weight.isfinite().all() for weight in state["weights"])
+    assert all(tensor.isfinite().all() for tensor in state["tensors"])
 
 
 class Restless(nn.Module):
