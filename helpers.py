@@ -497,10 +497,8 @@ def lettering(text, n, *, generator=None):
     return _sample_inside(inside, n, generator)
 
 
-FASHION_CLASSES = (
-    "T-shirt", "trouser", "pullover", "dress", "coat",
-    "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat")
+FASHION_CLASSES += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 FASHION_SHA256 = {  # of the decompressed IDX files, as published by Zalando Research
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -511,46 +509,50 @@ FASHION_SHA256 = {  # of the decompressed IDX files, as published by Zalando Res
 
 
 def _unpack(name):
-    """The content of data/<name>.gz, verified, as bytes that may be written to."""
+    """The content of data/<name>.gz, verified."""
     packed = DATA / f"{name}.gz"
     remedy = f"restore it with `git checkout -- {packed.relative_to(ROOT)}`"
     if not packed.exists():
         raise FileNotFoundError(f"{packed} is missing; {remedy}")
     try:
-        content = bytearray(gzip.decompress(packed.read_bytes()))
+        content = gzip.decompress(packed.read_bytes())
     except Exception:  # OSError, EOFError or zlib.error
-        content = bytearray()
+        content = b""
     if hashlib.sha256(content).hexdigest() != FASHION_SHA256[name]:
         raise ValueError(f"{packed} is damaged, or not the published file; {remedy}")
     return content
 
 
 def load_fashion_mnist(split="train"):
-    """Load Fashion-MNIST from data/: images uint8 (N, 1, 28, 28) and labels int64 (N,).
-    N is 60 000 for "train" and 10 000 for "test". Raises FileNotFoundError if a file is missing,
-    ValueError if one is damaged (its SHA-256 tells) or the split unknown."""
+    """Load Fashion-MNIST from data/: images uint8 (N, 1, 28, 28) and labels int64 (N,), N = 60 000;
+    of "test" 10 000. Raises FileNotFoundError if a file is missing, ValueError if one is damaged
+    (its SHA-256 tells) or the split unknown."""
+    from torchvision.datasets import FashionMNIST  # a slow import, for images only
+
     require(split in ("train", "test"), f'split must be "train" or "test", got {split!r}')
     prefix = "train" if split == "train" else "t10k"
-    images, labels = (_unpack(name) for name in FASHION_SHA256 if name.startswith(prefix))
-    images = torch.frombuffer(images, dtype=torch.uint8, offset=16)  # after the header
-    labels = torch.frombuffer(labels, dtype=torch.uint8, offset=8)
-    return images.reshape(-1, 1, 28, 28), labels.long()
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in FASHION_SHA256:  # torchvision looks for all four, and reads two
+            (raw / name).write_bytes(_unpack(name) if name.startswith(prefix) else b"")
+        dataset = FashionMNIST(folder, train=split == "train")
+    return dataset.data.unsqueeze(1), dataset.targets
 
 
 def to_model_range(images):
     """Map grey levels 0 .. 255, integers, to float32 in [-1, 1], the range of image models."""
     seen = images.dtype != torch.uint8 and images.device.type == "cpu"  # no GPU synchronisation
     outside = seen and ((images < 0) | (images > 255)).any()
-    if outside or images.is_floating_point() or images.dtype == torch.bool:
-        remedy = "floats x in [0, 1] need 2 * x - 1"
-        raise ValueError(f"images must be integers, and 0 .. 255, got {images.dtype}; {remedy}")
+    wrong = outside or images.is_floating_point() or images.dtype == torch.bool
+    kind = f"{images.dtype}; floats x in [0, 1] need 2 * x - 1"
+    require(not wrong, f"images must be integers, and 0 .. 255, got {kind}")
     return images.float() / 127.5 - 1
 
 
 def to_image_range(x):
     """Map model values, floats, to grey levels in [0, 1] for display, clipping what is outside."""
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floats in [-1, 1], got {x.dtype}; images need to_model_range")
+    require(x.is_floating_point(), f"x must be floats, got {x.dtype}; images need to_model_range")
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 
@@ -1368,8 +1370,7 @@ def optimal_transport_pairing(x, y):
 
     require(x.shape == y.shape, f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
     a, b = (_rows(samples.detach()).cpu().double() for samples in (x, y))
-    cost = torch.cdist(a, b) ** 2
-    return torch.as_tensor(linear_sum_assignment(cost.numpy())[1], device=y.device)
+    return torch.as_tensor(linear_sum_assignment(torch.cdist(a, b) ** 2)[1], device=y.device)
 
 
 def mmd2(x, y, bandwidth):
@@ -1391,8 +1392,8 @@ def sliced_wasserstein(x, y, *, projections=256, generator=None):
     precision = torch.promote_types(x.dtype, torch.float32)  # of the directions drawn
     x, y = _check_samples(x, y)
     require(len(x) == len(y), f"samples must have equal size, got {len(x)} and {len(y)}")
-    directions = x.new_empty(x.shape[1], projections, dtype=precision)
-    directions = _randn_like(directions, generator).double()
+    like = x.new_empty(x.shape[1], projections, dtype=precision)
+    directions = _randn_like(like, generator).double()
     directions = directions / directions.norm(dim=0)
     difference = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
     return difference.square().mean().sqrt().item()
@@ -1418,8 +1419,7 @@ def residual_noise(x):
     0.67 times the standard deviation for Gaussian noise left in generated ones."""
     require(x.ndim == 4, f"x must be images (N, C, H, W), got {tuple(x.shape)}")
     _check_floats(x, "x")
-    ends = [0, 1, -2, -1]
-    return (x[:, :, ends][..., ends] + 1).abs().median().item()
+    return (x[:, :, [0, 1, -2, -1]][..., [0, 1, -2, -1]] + 1).abs().median().item()
 
 
 class FashionClassifier(nn.Module):

@@ -31,7 +31,7 @@ ENVIRONMENTS = {
     "pretended MPS": (None, {**STARTUP, "PRETENDED_DEVICE": "mps"}),
     "tested versions": ([*TESTS, "-c", "tests/constraints.txt"], {}),
     "newest versions": (TESTS, {}),
-    "oldest torch": ([*TESTS, "torch==2.6.*"], {}),
+    "oldest torch": ([*TESTS, "torch==2.6.*", "torchvision==0.21.*"], {}),
     "Colab": (
         [
             *TESTS,
