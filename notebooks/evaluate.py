@@ -4,6 +4,7 @@ Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     classifier        train the network that measures samples (data/weights/classifier.pt)
     floor             the Frechet distance of real images, ten sets of 500 and of 1000
     guidance          notebook 04: samples with labels, quality against diversity
+    lessons           notebook 04: a classifier that learned from samples, on real images
     fit               question 4(b): the network and the exact minimiser of its loss, by time
     flows             questions 4(c), 4(d): the three flows on one path and grid, and copies
     places            question 4(d): error of the solver by the place of its steps and by the curve
@@ -144,36 +145,48 @@ def save_record(name, networks, content):
     helpers.write_atomically(path, text.encode())
 
 
-def train_classifier(device):
-    """Train FashionClassifier by cross-entropy; record its accuracy on the test images."""
-    images, labels = (x.to(device) for x in helpers.load_fashion_mnist("train"))
-    config = {"network": "FashionClassifier", "steps": 4000, "batch": 250, "lr": 2e-3}
-    config |= {"ema": 0.999, "seed": 0, "augmentation": "mirrored, shifted by up to 2 pixels"}
-    padded, side = F.pad(images, (2, 2, 2, 2)), torch.arange(28, device=device)
+def augmented_batches(images, labels):
+    """A sampler of 250 of these bytes, mirrored or not and shifted by up to 2 pixels."""
+    padded, device = F.pad(images, (2, 2, 2, 2)), images.device
+    side = torch.arange(28, device=device)
 
     def sample_batch(generator):
         def draw(high):
-            return torch.randint(high, (250,), generator=generator, device=device)
+            return torch.randint(high, (BATCH,), generator=generator, device=device)
 
         index, rows, columns = draw(len(images)), draw(5)[:, None] + side, draw(5)[:, None] + side
         columns = torch.where(draw(2)[:, None] == 0, columns, columns.flip(1))
         crops = padded[index[:, None, None], 0, rows[:, :, None], columns[:, None, :]]
         return helpers.to_model_range(crops[:, None]), labels[index]
 
-    def loss(model, batch, *, generator):
-        return F.cross_entropy(model(batch[0]), batch[1])
+    return sample_batch
 
+
+def classification_loss(model, batch, *, generator):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def test_accuracy(classifier, judge):
+    found = [classifier(x.to(judge.device)).argmax(dim=1).cpu() for x in judge.test.split(500)]
+    return (torch.cat(found) == judge.labels).double().mean().item()
+
+
+def train_classifier(device):
+    """Train FashionClassifier by cross-entropy; record its accuracy on the test images."""
+    images, labels = (x.to(device) for x in helpers.load_fashion_mnist("train"))
+    config = {"network": "FashionClassifier", "steps": 4000, "batch": BATCH, "lr": 2e-3}
+    config |= {"ema": 0.999, "seed": 0, "augmentation": "mirrored, shifted by up to 2 pixels"}
     helpers.train_or_load(
         "classifier",
         lambda: helpers.FashionClassifier(pretrained=False),
-        loss,
-        sample_batch,
+        classification_loss,
+        augmented_batches(images, labels),
         config=config,
         device=device,
         retrain=True,
     )
-    judge = Judge(device)
-    accuracy = (judge.classes(judge.test_features) == judge.labels).double().mean().item()
+    accuracy = test_accuracy(helpers.FashionClassifier().to(device), Judge(device))
     save_record("classifier", ["classifier"], {"test_accuracy": accuracy})
     print(f"classifier: test accuracy {accuracy:.4f}")
 
@@ -443,6 +456,36 @@ def evaluate_guidance(judge, device, n=1000):
     save("guidance", ["flow_labels", "classifier"], rows, device, n=n, dtype=dtype)
 
 
+def evaluate_lessons(judge, device, n=10_000, nfe=16, steps=400, trainings=3):
+    """Classifiers trained on n labelled samples of flow_labels, or on as many real images: their
+    accuracy on the test images, for so many trainings each."""
+    model = helpers.load_weights(UNet(num_classes=10), "flow_labels").to(device)
+    asked, ts = torch.arange(BATCH, device=device) % 10, helpers.sampling_grid(nfe)
+
+    def solve(x0, generator):
+        return helpers.adams_bashforth2(lambda x, t: model(x, t, asked), x0, ts)
+
+    x = sample(solve, n, device, "float32")
+    drawn = (255 * helpers.to_image_range(x)).round().to(torch.uint8)
+    images, labels = helpers.load_fashion_mnist("train")
+    first = torch.cat([(labels == k).nonzero()[: n // 10, 0] for k in range(10)])
+    sets = {"samples": (drawn, asked.cpu().repeat(n // BATCH))}
+    sets["real images"] = images[first], labels[first]
+    rows, lr = [], 2e-3
+    for name, content in sets.items():
+        batches, accuracies = augmented_batches(*(part.to(device) for part in content)), []
+        for seed in range(trainings):
+            torch.manual_seed(seed)
+            classifier = helpers.FashionClassifier(pretrained=False).to(device)
+            options = {"steps": steps, "lr": lr, "seed": seed, "ema": 0.99}
+            helpers.train(classifier, classification_loss, batches, **options)
+            accuracies.append(test_accuracy(classifier, judge))
+        rows.append({"trained on": name, "accuracies": accuracies})
+        print(rows[-1], flush=True)
+    settings = {"n": n, "nfe": nfe, "dtype": "float32", "steps": steps, "batch": BATCH, "lr": lr}
+    save("lessons", ["flow_labels"], rows, device, **settings)
+
+
 def mean_spread(features, labels):
     """Root mean squared distance of features to the mean of their class, mean over classes."""
     groups = [features[labels == label] for label in labels.unique()]
@@ -637,6 +680,7 @@ JOBS = {
     "floor": evaluate_floor,
     "guidance": evaluate_guidance,
     "quality": evaluate_quality,
+    "lessons": evaluate_lessons,
     "fit": evaluate_fit,
     "flows": evaluate_flows,
     "places": evaluate_places,
