@@ -104,6 +104,14 @@ def _frame_plane(ax, limit):
     return ax
 
 
+def _bare(ax, limit):
+    """A plane without ticks in a thin frame, its axes named at the margins of the figure."""
+    _frame_plane(ax, limit).set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color="#bbbbbb")
+    ax.label_outer()
+    return ax
+
+
 def _page(height, columns=1, rows=1, **options):
     """A figure as wide as a page, and its axes."""
     return plt.subplots(rows, columns, figsize=(FULL, height), **options)
@@ -149,17 +157,19 @@ def langevin_factor(ts, right, printed, exact):
     fig, (left, ax) = _page(2.5, 2)
     names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
     x = torch.linspace(-7, 7, 300)
-    looks = (right, COLORS["model"]), (printed, _WRONG)
-    for (xs, color), name, curve in zip(looks, names, (exact[0] + 0 * exact, exact), strict=True):
+    looks = (right, COLORS["model"], "o", "left"), (printed, _WRONG, "s", "right")
+    words = " right factor:\n keeps $p$", "as printed "
+    curves = exact[0] + 0 * exact, exact
+    for (xs, color, mark, side), name, word, curve in zip(looks, names, words, curves, strict=True):
         left.plot(ts, curve, **_EXACT)
-        left.plot(ts[::25], xs[::25].var(dim=1), "o", color=color, markersize=3.5, label=name)
+        left.plot(ts[::25], xs[::25].var(dim=1), mark, color=color, markersize=3.5, label=name)
         ax.hist(xs[-1], bins=50, range=(-7, 7), density=True, histtype="step", color=color)
         ax.plot(x, _normal(x, curve[-1]), **_EXACT)
+        at = curve[-1].sqrt() * (1.2 if side == "left" else -1.2)
+        ax.text(at, 1.3 * _normal(at, curve[-1]), word, color=color, ha=side)
     left.plot([], [], **_EXACT, label="exact")
     left.set(xlabel="$t$", ylabel="variance of $X_t$", ylim=(0, 9 * float(exact[0])))
     left.legend(loc="upper left")
-    _corner(ax, "right factor:\nkeeps $p$", COLORS["model"], x=0.97, y=0.9)
-    _corner(ax, "as printed", _WRONG, y=0.9)
     top = 1.6 * float(_normal(torch.zeros(()), exact[[0, -1]].min()))
     ax.set(xlabel="$x$", ylabel="density at the end", xlim=(-7, 7), ylim=(0, top))
     return fig
@@ -183,6 +193,7 @@ def brownian_paths(ts, runs):
         ax.fill_between(ts, -edge, edge, **_BAND)
         ax.plot(ts, xs, color=COLORS["model"], linewidth=0.7)
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
+        ax.set(xticks=(0, 0.5, 1), yticks=(-6, -4, -2, 0, 2, 4, 6))
     axes[0].set_ylabel("$X_t$")
     axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color=_NOTE)
     return fig
@@ -232,14 +243,14 @@ def ou_convergence(points):
     """1(d): {theta: (times, mean left, error, variance missing, error)}, with e^(-rate t)."""
     fig, axes = _page(2.6, 2, sharey=True)
     t = torch.linspace(0, 2.3, 50)
-    looks = zip(points.items(), (COLORS["noise"], COLORS["data"]), strict=True)
-    for (theta, (times, *rows)), color in looks:
+    looks = zip(points.items(), (COLORS["noise"], COLORS["data"]), "os", strict=True)
+    for (theta, (times, *rows)), color, mark in looks:
         for k, (ax, rate) in enumerate(zip(axes, (r"\theta ", r"2\theta "), strict=True)):
             value, error = rows[2 * k], rows[2 * k + 1]
             ax.semilogy(t, torch.exp(-(k + 1) * theta * t), color=color, linewidth=0.8)
-            _dots(ax, times, value, 2 * error, color, markersize=3, capsize=2)
+            _dots(ax, times, value, 2 * error, color, fmt=mark, markersize=3, capsize=2)
             name = rf"$\theta = {theta:g}$, line $e^{{-{rate}t}}$"
-            ax.plot([], [], "o-", color=color, markersize=3, label=name)
+            ax.plot([], [], mark + "-", color=color, markersize=3, label=name)
     for ax in axes:
         ax.legend(loc="upper right")
         ax.set(xlabel="$t$", xlim=(0, 2.2), ylim=(0.05, 2.5))
@@ -266,7 +277,7 @@ def ou_laboratory(ts, xs, limit, solver):
         right.plot(_normal(y, limit), y, color=COLORS["exact"], label="exact limit")
         if stable:
             right.plot(_normal(y, solver), y, "--", color=_WRONG, label="solver's limit")
-    right.set(xlabel="density", xlim=(0, 0.8))
+    right.set(xlabel="density", xlim=(0, 0.8), yticks=(-8, -4, 0, 4, 8))
     right.legend(loc="upper right")
     return fig
 
@@ -306,19 +317,15 @@ def convergence_orders(steps, errors):
 
 def langevin(mixture, clouds, start):
     """Beyond: clouds {t: points (N, 2)} over the contours of a mixture; start: the first point."""
-    fig, axes = _page(2.8, len(clouds), sharey=True)
-    side = torch.linspace(-3, 3, 81)
-    height = mixture.log_prob(torch.cartesian_prod(side, side)).exp().reshape(81, 81).T
-    lines = {"levels": (0.015, 0.08, 0.2), "colors": COLORS["exact"], "linewidths": 0.7}
+    fig, axes = _page(2.5, len(clouds), sharey=True)
     for ax, (t, points) in zip(axes, clouds.items(), strict=True):
-        ax.scatter(*points.T, s=2, color=COLORS["model"], rasterized=True)
-        ax.contour(side, side, height, **lines)
+        plot_points(points, ax, color=COLORS["model"], s=3, alpha=1)
+        plot_density(mixture, ax, limit=3, levels=(0.015, 0.08, 0.2)).set_title(f"$t = {t:g}$")
         ax.plot(*start, "*", color=COLORS["data"], markersize=9)
-        _frame_plane(ax, 3).set(title=f"$t = {t:g}$", ylabel="")
-    axes[0].text(-2.8, 2.3, "star: all start here", color=COLORS["data"])
-    axes[1].text(-2.8, 2.3, "dots: particles", color=COLORS["model"])
-    axes[2].text(-2.8, 2.3, "lines: target density")
-    axes[0].set_ylabel("$x_2$")
+        ax.label_outer()
+    _corner(axes[0], "star: all start here", COLORS["data"])
+    _corner(axes[1], "dots: particles", COLORS["model"])
+    _corner(axes[2], "lines: target density")
     return fig
 
 
@@ -343,13 +350,13 @@ def fokker_planck(laws, snapshots):
 def time_reversal(density, returned):
     """Beyond: returned {name: points (N,)} against the density of the data, a function of x."""
     fig, axes = _page(2.2, len(returned), sharey=True)
-    grid = torch.linspace(-6, 6, 400)
+    grid = torch.linspace(-8, 8, 400)
     style = {"color": COLORS["model"], "alpha": 0.5, "label": "came back"}
     for ax, (name, x) in zip(axes, returned.items(), strict=True):
-        weights = torch.full((len(x),), 1 / (len(x) * 0.24))
-        ax.hist(x, bins=50, range=(-6, 6), weights=weights, **style)
+        weights = torch.full((len(x),), 1 / (len(x) * 0.25))
+        ax.hist(x, bins=64, range=(-8, 8), weights=weights, **style)
         ax.plot(grid, density(grid), color=COLORS["data"], linewidth=1, label="the data")
-        ax.set(title=name, xlabel="$x$", ylim=(0, 0.75))
+        ax.set(title=name, xlabel="$x$", ylim=(0, 0.9), yticks=(0, 0.2, 0.4, 0.6))
     axes[0].set_ylabel("density")
     axes[0].legend(loc="upper right")
     return fig
@@ -366,6 +373,7 @@ def broken_programs(first, second):
         edges = grid.sqrt()[:, None] * torch.tensor([-2, 2])
         ax.plot(grid, edges, color=COLORS["exact"], linewidth=1)
         ax.set(title=f"program A, {n} steps", xlabel="$t$", xlim=(0, 1), ylim=(-70, 70))
+        ax.set(xticks=(0, 0.5, 1), yticks=(-50, 0, 50))
     grid, xs, std = second
     axes[2].plot(grid, xs, color=_WRONG, linewidth=0.7)
     axes[2].hlines((-2 * std, 2 * std), 0, grid[-1], color=COLORS["exact"], linewidth=1)
@@ -387,13 +395,6 @@ def _blend(t):
     return tuple((1 - t) * noise + t * data for noise, data in ends)
 
 
-def _bare(ax, limit):
-    """A plane without ticks and labels, in a thin frame."""
-    ax.set(xticks=[], yticks=[], xlabel="", ylabel="", xlim=(-limit, limit), ylim=(-limit, limit))
-    ax.spines[:].set(visible=True, color="#bbbbbb")
-    return ax
-
-
 def _pictures(rows, height, color=None):
     """rows {label: pairs (title, image (1, H, W) or cloud (B, 2))}; figure and axes."""
     rows = {label: list(pairs) for label, pairs in rows.items()}
@@ -406,7 +407,7 @@ def _pictures(rows, height, color=None):
                 look = color or _blend(k / (len(pairs) - 1))
                 _bare(plot_points(x, ax, s=1.2, alpha=1, color=look), 3.2)
             ax.set_title(title)
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(f"{label}\n{row[0].get_ylabel()}".strip())
     return fig, axes
 
 
@@ -451,9 +452,12 @@ def conditional_path(z, eps, t, runs):
         ax.plot(*line.T, color=COLORS["model"])
         marks = (eps, r"$\epsilon$", "noise"), (z, "$z$", "data"), (x, "$x_t$", "model")
         for point, text, kind in marks:
-            color, place = COLORS[kind], point.tolist()
-            ax.plot(*place, "o", color=color, markersize=6)
-            ax.annotate(text, place, (5, 5), textcoords="offset points", color=color)
+            away = F.normalize(point - mean + 1e-6, dim=0)  # words outside of the circle
+            place = mean + away * torch.maximum((point - mean).norm(), 2 * std)
+            ax.plot(*point, "o", color=COLORS[kind], markersize=6)
+            style = {"color": COLORS[kind], "ha": "center", "va": "center"}
+            style["bbox"] = {"fc": "white", "ec": "none", "pad": 0}
+            ax.annotate(text, place, 10 * away, textcoords="offset points", **style)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
     axes[1].text(-3.8, -3.7, "grey: the same $z$, other noise", color=_NOTE)
@@ -463,7 +467,7 @@ def conditional_path(z, eps, t, runs):
 
 def histograms(times, rows, laws, bins, top):
     """2(c), 2(d): rows {name: clouds (T, B, 2)} over their exact laws; all rows share the ends."""
-    fig = plt.figure(figsize=(FULL, 1.5 if len(rows) == 1 else 2.9))
+    fig = plt.figure(figsize=(FULL, 0.2 + 1.3 * len(rows)))
     grid, inner = fig.add_gridspec(len(rows), len(times)), range(1, len(times) - 1)
     for j, (name, clouds) in enumerate(rows.items()):
         for k, (t, x, law) in enumerate(zip(times, clouds, laws[name], strict=True)):
@@ -474,10 +478,8 @@ def histograms(times, rows, laws, bins, top):
                 _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
                 schedule = f"{name}, " if k in inner and len(rows) > 1 else ""
                 ax.set_title(f"{schedule}$t = {t:g}$")
-    fig.axes[0].text(-3.3, -3.3, "lines: exact $p_t$")
-    if len(rows) == 1:
-        bar = {"extend": "max", "pad": 0.01, "shrink": 0.85, "label": "density"}
-        fig.colorbar(ax.collections[0], ax=fig.axes, **bar)
+    bar = {"extend": "max", "pad": 0.01, "aspect": 25, "ticks": (0, 0.2, 0.4)}
+    fig.colorbar(ax.collections[0], ax=fig.axes, **bar, label="density;\nlines: exact $p_t$")
     return fig
 
 
@@ -487,7 +489,8 @@ def laboratory(name, ts, weights, t, x, law, image, decibels):
     _weights(left, ts, *weights).axvline(t, color=_GREY, linewidth=0.8)
     left.set(xlabel="$t$", title=f"{name}, $t = {t:g}$", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     plot_points(x, middle, s=2, color=_blend(t))
-    plot_density(law, middle, limit=3.5, levels=(0.02, 0.1, 0.3)).set_title("points, exact $p_t$")
+    plot_density(law, middle, limit=3.5, levels=(0.02, 0.1, 0.3))
+    middle.set_title("points; lines: exact $p_t$")
     plot_images(image[None], right, columns=1).set_title(f"signal to noise {decibels:+.0f} dB")
     return fig
 
@@ -508,7 +511,7 @@ def measures(ts, curves):
 
 def one_path(rows):
     """Beyond: rows {label: pairs (title, cloud (B, 2))}."""
-    return _pictures(rows, 3.6, COLORS["data"])[0]
+    return _pictures(rows, 3.9, COLORS["data"])[0]
 
 
 def marginalisation(side, maps):
@@ -518,18 +521,20 @@ def marginalisation(side, maps):
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         grid = values.reshape(len(side), -1).T
         mesh = ax.pcolormesh(side, side, grid, cmap="PuOr", vmin=-top, vmax=top, rasterized=True)
-        _frame_plane(ax, float(side[-1])).set(title=title, ylabel="")
-    axes[0].set_ylabel("$x_2$")
+        ax.contour(side, side, grid, levels=(-0.3, 0.3), colors="black", linewidths=0.6)
+        _frame_plane(ax, float(side[-1])).set_title(title)
+        ax.label_outer()
+    _corner(axes[0], "solid: more\ndashed: less", y=0.02)
     fig.colorbar(mesh, ax=axes, pad=0.01, shrink=0.8, label="per area and time")
     return fig
 
 
 def broken_paths(rows, laws):
     """Test yourself: rows {label: pairs (title, image or cloud)}; laws: those of the last row."""
-    fig, axes = _pictures(rows, 2.9, _WRONG)
+    fig, axes = _pictures(rows, 3.1, _WRONG)
     for ax, law in zip(axes[-1], laws, strict=True):
-        _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
-    axes[-1, 0].set_ylabel(list(rows)[-1])
+        label = ax.get_ylabel()
+        plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)).set_ylabel(label)
     return fig
 
 
@@ -591,9 +596,9 @@ def cancellation(gaps, printed, simple):
     ax.loglog(gaps, 2.0**-23 / gaps, "--", **_EXACT)
     ax.loglog(gaps, printed, "o-", markersize=4, color=_WRONG)
     ax.loglog(gaps, simple, "s-", markersize=4, color=COLORS["model"])
-    ax.text(gaps[12], 6 * printed[12], "as printed", color=_WRONG, ha="right")
+    ax.text(gaps[13], 0.1 * printed[13], "as printed", color=_WRONG)
     ax.text(gaps[12], 3 * simple[12], "simplified", color=COLORS["model"])
-    ax.text(gaps[16], 2.0**-23 / gaps[16] / 9, r"rounding times $1\,/\,(1-t)$")
+    ax.text(gaps[12], 2.0**-21 / gaps[12], r"rounding times $1\,/\,(1-t)$", ha="right")
     ax.set(xlabel="$1 - t$ (the data are on the right)", ylabel="error of $u_t(x_t|z)$")
     ax.invert_xaxis()
     return fig
@@ -616,19 +621,24 @@ def loss_and_floor(steps, excess, times, loss, floor, ends):
 
 
 def cloud_rows(rows, titles, limit, *, size=3, ticks=(-2, 0, 2), mixture=None):
-    """Rows {name: (color or colors, clouds)} of clouds (N, 2); titles of the columns, or times."""
-    height = 0.35 + len(rows) * (FULL - 0.5) / len(titles)
-    fig, axes = _page(height, len(titles), len(rows), sharex=True, sharey=True, squeeze=False)
+    """Rows {name: (color or colors, clouds (N, 2))} under titles or times; no ticks: pictures."""
+    height = 0.5 + len(rows) * (FULL - 0.5) / len(titles)
+    fig, axes = _page(height, len(titles), len(rows), squeeze=False)
     for line, (name, (color, clouds)) in zip(axes, rows.items(), strict=True):
         colors = color if isinstance(color, list) else [color] * len(clouds)
         for ax, cloud, shade in zip(line, clouds, colors, strict=True):
-            if mixture is not None:
-                plot_density(mixture, ax, limit=limit, levels=3, colors="0.7")
             plot_points(cloud, ax, limit=limit, color=shade, s=size)
-            ax.set(xlabel="", ylabel="", xticks=ticks, yticks=ticks)
-        line[0].set_ylabel(name, color=colors[0])
+            if mixture is not None:
+                plot_density(mixture, ax, limit=limit, levels=(0.02, 0.15))
+            if not ticks:
+                _bare(ax, limit)
+            ax.set(xticks=ticks, yticks=ticks)
+            ax.label_outer()
+        line[0].set_ylabel(f"{name}\n$x_2$".strip())
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title if isinstance(title, str) else f"$t = {title:g}$")
+    if mixture is not None:
+        _corner(axes[0, 0], "lines: density of the data", y=0.02)
     return fig
 
 
@@ -650,11 +660,12 @@ def solver_paths(fine, coarse, name, limit=3.4):
 
 def step_count(clouds, excess, errors, network):
     """3(d): clouds {n: points (N, 2)}; excess {n: (mean, bar)}; errors {method: {n: value}}."""
-    fig = plt.figure(figsize=(FULL, 4.2))
-    top, bottom = fig.subfigures(2, 1, height_ratios=(1.72, 2.4))
+    fig = plt.figure(figsize=(FULL, 4.3))
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.85, 2.4))
     for ax, (n, x) in zip(top.subplots(1, len(clouds), sharey=True), clouds.items(), strict=True):
         plot_points(x, ax, limit=3.2, color=COLORS["model"], s=3)
-        ax.set(title=f"$n_t = {n}$", xlabel="", ylabel="", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        ax.set(title=f"$n_t = {n}$", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        ax.label_outer()
     left, right = bottom.subplots(1, 2)
     values, bars = torch.tensor(list(excess.values())).T
     _dots(left, list(excess), values, 2 * bars, COLORS["model"], fmt="o-", linewidth=1)
@@ -664,8 +675,8 @@ def step_count(clouds, excess, errors, network):
     left.set_yscale("symlog", linthresh=0.01)
     left.set(xscale="log", ylim=(-0.01, 2))
     style = {"markersize": 4, "linewidth": 1}
-    for (name, row), kind in zip(errors.items(), ("model", "noise"), strict=True):
-        right.plot(row.keys(), row.values(), "o-", color=COLORS[kind], label=name, **style)
+    for (name, row), kind, mark in zip(errors.items(), ("model", "noise"), "os", strict=True):
+        right.plot(row.keys(), row.values(), f"{mark}-", color=COLORS[kind], label=name, **style)
     right.axhline(network, **_LEVEL, linewidth=0.9)
     right.text(1, 0.9 * network, "network", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
@@ -676,14 +687,15 @@ def step_count(clouds, excess, errors, network):
 
 def field_error(side, maps):
     """Beyond: maps {t: (errors (K, K), log densities, level)} on the grid side x side."""
-    fig, axes = _page(2.3, len(maps), sharey=True)
+    fig, axes = _page(1.85, len(maps), sharey=True)
     for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
         mesh = ax.pcolormesh(side, side, error, norm="log", vmin=0.01, vmax=10, rasterized=True)
         ax.contour(side, side, log_density, levels=[level], colors="white", linestyles="solid")
-        ax.set(title=f"$t = {t:.2f}$", aspect="equal", xlabel="$x_1$", xticks=(-3, 0, 3))
+        ax.set(title=f"$t = {t:g}$", aspect="equal", xlabel="$x_1$")
+        ax.set(xticks=(-3, 0, 3), yticks=(-3, 0, 3))
     _corner(axes[0], "inside: 99 %", "white")
     axes[0].set_ylabel("$x_2$")
-    fig.colorbar(mesh, ax=axes, label=r"$|u^\theta_t - u_t|$", shrink=0.7)
+    fig.colorbar(mesh, ax=axes, label=r"$|u^\theta_t - u_t|$", pad=0.01)
     return fig
 
 
@@ -691,14 +703,14 @@ def likelihood(side, densities, log_p, difference):
     """Beyond: densities {name: (K, K)}; the difference of log densities at data points."""
     fig, axes = _page(2.3, 3, width_ratios=(1, 1, 1.3))
     for ax, (name, density) in zip(axes, densities.items(), strict=False):
-        ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
-        ax.set(aspect="equal", xlabel="$x_1$", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), title=name)
-    axes[0].set_ylabel("$x_2$")
+        mesh = ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
+        _frame_plane(ax, 2.8).set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        ax.label_outer()
+    fig.colorbar(mesh, ax=axes[1], label="density", extend="max", shrink=0.7, ticks=(0, 0.4, 0.8))
     axes[2].plot(log_p, difference, ".", color=COLORS["model"], markersize=1.5, rasterized=True)
     axes[2].axhline(0, **_EXACT)
-    axes[2].set_xlabel(r"$\log p_{\mathrm{data}}(x)$")
-    axes[2].set_title(r"$\log p^\theta - \log p_{\mathrm{data}}$")
-    _corner(axes[1], "same colours", "white")
+    axes[2].set(xlabel=r"$\log p_{\mathrm{data}}(x)$", xticks=(-10, -5, 0))
+    axes[2].set_ylabel(r"$\log p^\theta - \log p_{\mathrm{data}}$")
     return fig
 
 
@@ -708,15 +720,16 @@ def straighter(flows, numbers, distances, floor):
     looks = zip(flows.items(), (COLORS["noise"], COLORS["model"]), strict=True)
     for ax, ((name, xs), color) in zip(axes, looks, strict=False):
         ax.plot(*xs.unbind(dim=2), color=color, linewidth=0.4, rasterized=True)
-        plot_points(xs[-1], ax, limit=3, color=COLORS["exact"], s=2)
-        ax.set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+        plot_points(xs[-1], ax, limit=3.6, color=COLORS["exact"], s=2)
+        ax.set(title=name, xticks=(-3, 0, 3), yticks=(-3, 0, 3))
+        ax.label_outer()
         _dots(axes[2], numbers, *distances[name], color, fmt="o-", markersize=3, capsize=2)
         axes[2].text(1.3, distances[name][0][0], name, color=color, va="bottom")
     axes[2].axhline(floor, **_LEVEL, linewidth=0.9)
-    axes[2].text(numbers[0], 0.8 * floor, "dashed: a perfect sample", va="top")
-    _corner(axes[0], "dots: end points", y=0.03)
+    axes[2].text(numbers[0], 0.6 * floor, "dashed: a perfect sample", va="top")
+    _corner(axes[0], "dots: ends", x=0.97, y=0.02)
     axes[2].set(xscale="log", yscale="log", xlabel="Euler steps", ylabel="distance to the data")
-    axes[2].set_ylim(0.5 * floor, 2)
+    axes[2].set_ylim(0.4 * floor, 2)
     axes[2].set_xticks(numbers, [str(n) for n in numbers])
     axes[2].minorticks_off()
     return fig
@@ -724,24 +737,29 @@ def straighter(flows, numbers, distances, floor):
 
 # Notebook 04
 
+_PIXELS = "(black to white: 2)"  # the unit of images in [-1, 1]
+_CORNERS = f"noise in the corners\n{_PIXELS}"
 
-def image_rows(rows, *, top=(), title="", width=FULL, margin=1.1):
+
+def image_rows(rows, *, top=(), title="", width=FULL, labels=True):
     """Rows of images {label: (N, 1, H, W)} in [-1, 1]; top: a label for each column.
 
-    margin: inches for the labels at the left, 0 for none.
+    They are as wide as the labels at the left leave room for.
     """
-    columns, size = len(next(iter(rows.values()))), next(iter(rows.values())).shape[-1] + 2
-    side = (width - margin - 0.1) / columns
-    height = len(rows) * side + 0.2 * bool(title) + 0.18 * bool(len(top)) + 0.1
-    fig, ax = plt.subplots(figsize=(width, height))
+    columns, _, _, size = next(iter(rows.values())).shape
+    fig, ax = plt.subplots(figsize=(width, width))
     plot_images(torch.cat([x[:columns] for x in rows.values()]), ax, columns=columns)
+    ax.set_aspect("auto")  # square by the height of the figure, at the end
     ax.set_title(title, loc="left", weight="bold", pad=4)
     ax.tick_params(length=0, pad=2)
-    if margin:
-        ax.set_yticks([size * (k + 0.5) for k in range(len(rows))], list(rows))
+    if labels:
+        ax.set_yticks([(size + 2) * (k + 0.5) for k in range(len(rows))], list(rows))
     if len(top):
         ax.xaxis.tick_top()
-        ax.set_xticks([size * (k + 0.5) for k in range(columns)], list(top))
+        ax.set_xticks([(size + 2) * (k + 0.5) for k in range(columns)], list(top))
+    fig.draw_without_rendering()
+    room = ax.get_position()
+    fig.set_figheight(width * (1 - room.height + room.width * len(rows) / columns))
     return fig
 
 
@@ -749,7 +767,7 @@ def image_grid(x, *, columns, title):
     """4(c): images (N, 1, H, W) in rows of so many columns, under a title."""
     whole = len(x) // columns * columns
     rows = x[:whole].reshape(-1, columns, *x.shape[1:])
-    return image_rows(dict(enumerate(rows)), title=title, margin=0)
+    return image_rows(dict(enumerate(rows)), title=title, labels=False)
 
 
 def _box(ax, x, y, width, text, color, height=0.42):
@@ -774,7 +792,7 @@ def unet():
     texts += ("1×1 conv 64 → 32\n2 residual layers",)
     for x, y, text, color in zip(xs, ys, texts, (blue, blue, sand, green, green), strict=True):
         _box(ax, x, y, 1.14, text, color)
-        x += -0.36 if x < 3 else 0.1
+        x += -0.46 if x < 3 else 0.1 if x < 4 else 0.44
         _arrow(ax, (x, 1.5), (x, y - 0.21), color=time, ls="dotted")
     for k, text in enumerate(("conv, stride 2", "conv, stride 2", "conv, up ×2", "conv, up ×2")):
         low, high = (xs[k], ys[k]), (xs[k + 1], ys[k + 1])
@@ -833,26 +851,25 @@ def steps_or_geometry(places, errors, corners):
     """4(d): {curve: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
-    Images are in [-1, 1], what is drawn is in grey levels.
     """
-    fig, (left, right) = _page(2.6, 2)
+    fig, (left, right) = _page(2.7, 2)
     looks = zip(errors.items(), ("model", "data"), "os", (-0.08, 0.08), strict=True)
     for (curve, (mean, bar)), kind, marker, shift in looks:
-        mean, at = 127.5 * mean, torch.arange(len(places)) + shift
+        at = torch.arange(len(places)) + shift
         spread = mean * torch.stack([1 - (-2 * bar).exp(), (2 * bar).exp() - 1])
         _dots(left, at, mean, spread, COLORS[kind], fmt=marker, capsize=2, label=curve)
     for (solver, noise), kind, look in zip(corners.items(), ("model", "noise"), "o^", strict=True):
-        right.plot(127.5 * torch.tensor(noise), look, color=COLORS[kind], label=solver)
-    right.axhline(1, color=_GREY, ls=":")
-    right.text(len(places) - 0.6, 1, "one grey level", ha="right", va="bottom", color="0.4")
-    left.set(title="error of the images, by place and curve", ylabel="r.m.s. error (grey levels)")
-    right.set(title="noise left in black corners, by solver", ylabel="noise (grey levels)")
+        right.plot(noise, look, color=COLORS[kind], label=solver)
+    right.axhline(2 / 255, color=_GREY, ls=":")
+    right.text(3.4, 2 / 255, "one grey level", ha="right", va="bottom", color=_NOTE)
+    left.set(title="Adams–Bashforth, by place and curve", ylabel=f"r.m.s. error\n{_PIXELS}")
+    right.set(title="by place and solver", ylabel=_CORNERS)
     for ax in (left, right):
         ax.set(yscale="log", xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5))
         ax.set_xticks(range(len(places)), places)
-        ax.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2)
+        ax.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2, handlelength=1)
         low, high = ax.get_ylim()
-        marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < mark < high]
+        marks = [m for m in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low < m < high]
         ax.set(yticks=marks, yticklabels=marks, ylim=(low, high * 2))
         ax.minorticks_off()
     return fig
@@ -890,16 +907,16 @@ def infinite_loss(means, weighted, delta):
 def sigma_sweep(names, rows, floor):
     """5(b): {steps: ([squared Frechet distances of the sets], [noise])} over the sigma_t."""
     fig, axes = _page(2.8, 2)
-    looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), (-0.1, 0.1), strict=True)
-    for (steps, (sets, noise)), color, shift in looks:
+    looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), "os", (-0.1, 0.1), strict=True)
+    for (steps, (sets, noise)), color, mark, shift in looks:
         places, means = torch.arange(len(names)) + shift, [v.mean() for v in sets]
         bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in sets]
-        axes[0].plot(places, means, "o", color=color, markersize=4, label=f"{steps} steps")
+        axes[0].plot(places, means, mark, color=color, markersize=4, label=f"{steps} steps")
         axes[0].errorbar(places, means, bars, fmt="none", color=color)
-        axes[1].plot(places, noise, "o", color=color, markersize=4)
+        axes[1].plot(places, noise, mark, color=color, markersize=4)
     axes[0].axhspan(*floor, color=_GREY, alpha=0.3, linewidth=0)
-    axes[0].text(6.4, 1.1 * floor[0], "grey: real images", ha="right", va="bottom", color=_NOTE)
-    for ax, name in zip(axes, ("squared Fréchet distance", "noise in the corners"), strict=True):
+    axes[0].text(6.2, 1.1 * floor[0], "grey: real images", ha="right", va="bottom", color=_NOTE)
+    for ax, name in zip(axes, ("squared Fréchet distance", _CORNERS), strict=True):
         ax.set_xticks(range(len(names)), names)
         ax.set(xlabel=r"$\sigma_t$", ylabel=name, yscale="log")
     axes[0].set_ylim(0.05, 400)
@@ -911,16 +928,16 @@ def last_steps(cases, results, predicted):
     """5(b): {sigma: {number of last steps: (values, bars)}} for the cases; {sigma: one kick}."""
     fig, axes = _page(2.7, len(results), sharey=True)
     for ax, (sigma, groups) in zip(axes, results.items(), strict=True):
-        looks = zip(groups.items(), (COLORS["noise"], COLORS["data"]), (-0.12, 0.12), strict=True)
-        for (count, (values, bars)), color, shift in looks:
-            name = f"last {count} steps" if count > 1 else "last step"
-            _dots(ax, torch.arange(4) + shift, values, 2 * bars, color, label=name)
+        looks = ("noise", "s", -0.12), ("data", "o", 0.12)
+        for (count, (values, bars)), (kind, mark, shift) in zip(groups.items(), looks, strict=True):
+            style = {"fmt": mark, "label": f"last {count} steps" if count > 1 else "last step"}
+            _dots(ax, torch.arange(4) + shift, values, 2 * bars, COLORS[kind], **style)
         ax.axhline(predicted[sigma], **_LEVEL, linewidth=0.8)
-        ax.text(-0.4, 0.85 * predicted[sigma], "one kick, $\\sigma$√$h$", va="top")
+        ax.text(-0.4, 0.85 * predicted[sigma], "one kick, $0.67\\,\\sigma$√$h$", va="top")
         ax.set(title=rf"$\sigma = {sigma:g}$", yscale="log", xlim=(-0.5, 3.5))
         ax.set_xlabel("what stays on in the last steps")
         ax.set_xticks(range(4), cases)
-    axes[0].set_ylabel("noise in the corners")
+    axes[0].set_ylabel(_CORNERS)
     axes[0].legend(loc="lower left")
     return fig
 
@@ -936,7 +953,8 @@ def two_regimes(counts, left, seen):
         ax.text(counts[last], values[last], name, color=color, ha="right", va="center")
         dots = {n: noise for (s, n), noise in seen.items() if s == float(sigma)}
         ax.plot(list(dots), list(dots.values()), "o", color=color, markersize=5)
-    ax.set(xscale="log", yscale="log", xlabel="steps $n$", ylabel="noise left", ylim=(5e-3, 100))
+    ax.set(xscale="log", yscale="log", xlabel="steps $n$", ylim=(5e-3, 100))
+    ax.set_ylabel(f"noise left\n{_PIXELS}")
     ax.text(5, 0.007, "lines: data in one point; dots: corners of the UNet's images")
     return fig
 
@@ -945,13 +963,13 @@ def invariance(names, short):
     """Deeper: {program: standard errors by which the mean log p falls short (K,)}."""
     fig, ax = _page(2.4)
     ax.axhspan(-5, 5, color=_GREY, alpha=0.3, linewidth=0)
-    looks = zip(short.items(), (COLORS["model"], "#E69F00", _WRONG), strict=True)
-    for (name, values), color in looks:
-        ax.plot(range(len(names)), values, "o", color=color, markersize=5, label=name)
+    looks = zip(short.items(), (COLORS["model"], "#E69F00", _WRONG), "o^s", strict=True)
+    for (name, values), color, mark in looks:
+        ax.plot(range(len(names)), values, mark, color=color, markersize=5, label=name)
     ax.set_xticks(range(len(names)), names)
     ax.set_yscale("symlog", linthresh=5)
-    ax.set_yticks([-5, 0, 5, 10, 100], ["−5", "0", "5", "10", "100"])
-    ax.set(xlabel=r"$\sigma_t$", ylabel="mean log p falls short\nby (standard errors)")
+    ax.set_yticks([-5, 0, 5, 20, 100], ["−5", "0", "5", "20", "100"])
+    ax.set(xlabel=r"$\sigma_t$", ylabel=r"mean $\log p_1$ falls short" + "\nby (standard errors)")
     ax.text(len(names) - 0.9, -4, "grey: as exact draws", color=_NOTE, ha="right")
     ax.set_ylim(-8, 900)
     ax.legend(loc="upper left", ncols=3)
@@ -966,26 +984,10 @@ def which_sigma(t, curves, factors):
     for (name, curve), color, line in looks:
         left.plot(t, curve, line, color=color, label=name)
         right.semilogy(t, factors[name], line, color=color)
-    left.set(xlabel="$t$", ylabel=r"$\sigma_t$", ylim=(0, 4), xlim=(0, 1))
+    left.set(xlabel="$t$", ylabel=r"$\sigma_t$", ylim=(0, 4), xlim=(0, 1), yticks=range(5))
     left.legend(loc="upper right")
     right.set(xlabel="$t$", ylabel="weight of an error,\nrelative to the best")
     right.set(ylim=(0.8, 30), xlim=(0, 1))
-    return fig
-
-
-def point_clouds(rows, colors, limit=1.45, mixture=None):
-    """Rows {name: {title: points (N, 2)}}, a colour for each column; contours of a mixture."""
-    count = len(next(iter(rows.values())))
-    fig, axes = _page((FULL - 0.3) / count * len(rows) + 0.35, count, len(rows), squeeze=False)
-    for i, (name, clouds) in enumerate(rows.items()):
-        for ax, (title, x), color in zip(axes[i], clouds.items(), colors, strict=True):
-            plot_points(x, ax, limit=limit, color=color, s=1.5, alpha=1)
-            if mixture is not None:
-                plot_density(mixture, ax, limit=limit, levels=(0.02, 0.15))
-            ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
-            ax.spines[:].set_visible(False)
-            ax.set_title("" if i else title)
-        axes[i, 0].set_ylabel(name)
     return fig
 
 
