@@ -552,7 +552,7 @@ def to_model_range(images):
 
 def to_image_range(x):
     """Map model values, floats, to grey levels in [0, 1] for display, clipping what is outside."""
-    require(x.is_floating_point(), f"x must be floats, got {x.dtype}; images need to_model_range")
+    require(x.is_floating_point(), f"x must be floats of [-1, 1], got {x.dtype} (to_model_range)")
     return ((x.float() + 1) / 2).clamp(0, 1)
 
 

@@ -691,6 +691,15 @@ JOBS = {
 }
 
 
+def record(name):
+    """The record of this name for a notebook: read, or made anew where its weights are new."""
+    try:
+        return helpers.load_record(name)
+    except ValueError:
+        main([name])
+        return helpers.load_record(name)
+
+
 def main(names):
     if "--in-place" in names:
         names.remove("--in-place")

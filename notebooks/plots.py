@@ -673,7 +673,7 @@ def step_count(clouds, excess, errors, network):
     left.text(1, 0.001, "a perfect sample", va="bottom")
     left.set(xlabel="$n_t$, steps of Euler's method", ylabel="distance to the data, excess")
     left.set_yscale("symlog", linthresh=0.01)
-    left.set(xscale="log", ylim=(-0.01, 2))
+    left.set(xscale="log", ylim=(-0.02, 2))
     style = {"markersize": 4, "linewidth": 1}
     for (name, row), kind, mark in zip(errors.items(), ("model", "noise"), "os", strict=True):
         right.plot(row.keys(), row.values(), f"{mark}-", color=COLORS[kind], label=name, **style)
@@ -691,8 +691,7 @@ def field_error(side, maps):
     for ax, (t, (error, log_density, level)) in zip(axes, maps.items(), strict=True):
         mesh = ax.pcolormesh(side, side, error, norm="log", vmin=0.01, vmax=10, rasterized=True)
         ax.contour(side, side, log_density, levels=[level], colors="white", linestyles="solid")
-        ax.set(title=f"$t = {t:g}$", aspect="equal", xlabel="$x_1$")
-        ax.set(xticks=(-3, 0, 3), yticks=(-3, 0, 3))
+        ax.set(xticks=(-3, 0, 3), yticks=(-3, 0, 3), aspect=1, xlabel="$x_1$", title=f"$t = {t:g}$")
     _corner(axes[0], "inside: 99 %", "white")
     axes[0].set_ylabel("$x_2$")
     fig.colorbar(mesh, ax=axes, label=r"$|u^\theta_t - u_t|$", pad=0.01)
@@ -702,11 +701,12 @@ def field_error(side, maps):
 def likelihood(side, densities, log_p, difference):
     """Beyond: densities {name: (K, K)}; the difference of log densities at data points."""
     fig, axes = _page(2.3, 3, width_ratios=(1, 1, 1.3))
+    colors = {"cmap": "magma", "vmin": 0, "vmax": max(d.max() for d in densities.values())}
     for ax, (name, density) in zip(axes, densities.items(), strict=False):
-        mesh = ax.pcolormesh(side, side, density, cmap="magma", vmin=0, vmax=0.8, rasterized=True)
+        mesh = ax.pcolormesh(side, side, density, **colors, rasterized=True)
         _frame_plane(ax, 2.8).set(title=name, xticks=(-2, 0, 2), yticks=(-2, 0, 2))
         ax.label_outer()
-    fig.colorbar(mesh, ax=axes[1], label="density", extend="max", shrink=0.7, ticks=(0, 0.4, 0.8))
+    fig.colorbar(mesh, ax=axes[1], label="density", shrink=0.7)
     axes[2].plot(log_p, difference, ".", color=COLORS["model"], markersize=1.5, rasterized=True)
     axes[2].axhline(0, **_EXACT)
     axes[2].set(xlabel=r"$\log p_{\mathrm{data}}(x)$", xticks=(-10, -5, 0))

@@ -192,9 +192,12 @@ def hand_out(paths, folder):
     import nbformat
 
     folder = Path(folder).expanduser().resolve()
+    taken = [path.name for path in paths if (folder / "notebooks" / path.name).exists()]
+    if taken:
+        sys.exit(f"{folder} holds {', '.join(taken)} already: name another folder")
     for path in paths:
         write(student(nbformat.read(path, as_version=4)), folder / "notebooks" / path.name)
-    for name in ("plots.py", "show.py", "plots.mplstyle"):
+    for name in ("plots.py", "show.py", "plots.mplstyle", "evaluate.py", "baseline.py"):
         shutil.copy(HERE / name, folder / "notebooks" / name)
     for name in ("helpers.py", "requirements.txt", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
@@ -274,14 +277,16 @@ def stop():
 
 
 def run(paths, options):
-    """Execute the notebooks, the longest, which are the last, first, and say where they are."""
+    """Execute the notebooks, the longest, which are the last, first (but 04 trains what 05 needs),
+    and say where they are."""
     start, clients = time.perf_counter(), {}
     # not the user's settings; a kernel that is ended may still write there
     with tempfile.TemporaryDirectory(prefix="ipython-", ignore_cleanup_errors=True) as profile:
         folder = prepare(options.in_place, profile)
         side_by_side = 1 if os.environ.get("FLOW_RETRAIN") else min(os.cpu_count(), 4)
         with ThreadPoolExecutor(side_by_side) as pool:
-            tasks = [pool.submit(run_one, p, folder, options, clients) for p in reversed(paths)]
+            order = paths if os.environ.get("FLOW_RETRAIN") else reversed(paths)
+            tasks = [pool.submit(run_one, path, folder, options, clients) for path in order]
             try:
                 for task in as_completed(tasks):
                     print(task.result(), flush=True)

@@ -296,7 +296,7 @@ def test_one_address_everywhere():
         book = Notebook(path)
         ((address, name),) = re.findall(badge, book.cells[0]["source"])
         assert name == path.stem
-        assert f'https://github.com/{address}"' in book.code[0]["source"]
+        assert f'https://github.com/{address} flow"' in book.code[0]["source"]
         assert f"{address}/blob/main/notebooks/{name}.ipynb" in readme
         addresses.add(address)
     assert len(addresses) <= 1

@@ -103,7 +103,7 @@ def colab(tmp_path):
 
     git("init", "-b", "main")
     publish("version = 1\n")
-    return open_notebook, publish, content / "REPOSITORY"
+    return open_notebook, publish, content / "flow"
 
 
 def test_on_colab_it_clones_then_updates(colab):
