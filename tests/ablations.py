@@ -21,7 +21,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 import evaluate
-
 import helpers
 
 BATCH, SEED = 250, 0

@@ -5,12 +5,12 @@ import contextlib
 import os
 from itertools import pairwise
 
-import evaluate
 import pytest
 import torch
 from fake_device import PretendedDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import helpers
 import plots
 

@@ -151,12 +151,15 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
     for name in ("helpers.py", "requirements.txt", "LICENSE", "data/x", "notebooks/plots.py"):
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_text("")
-    for name in ("show.py", "plots.mplstyle"):
+    beside = {"plots.py", "show.py", "plots.mplstyle", "evaluate.py", "baseline.py"}
+    for name in beside:
         (home / "notebooks" / name).write_text("")
     run.main(["--student", str(tmp_path / "class")])
+    with pytest.raises(SystemExit, match="already"):  # solved work may be there
+        run.main(["--student", str(tmp_path / "class")])
     handed = nbformat.read(tmp_path / "class" / NAME, as_version=4)
     names = {path.name for path in (tmp_path / "class" / "notebooks").iterdir()}
-    assert names == {NAME.name, "plots.py", "show.py", "plots.mplstyle"}
+    assert names == {NAME.name, *beside}
     assert [cell.cell_type for cell in handed.cells] == ["markdown", "code", "code"]
     assert handed.cells[0].source == "# 01\n\n### Question 1 (a) (1 point)"  # without the badge
     assert handed.cells[1].source == 'def double(x):\n    """Twice x."""\n    ...'
