@@ -105,7 +105,7 @@ FAULTS = [
     ("difference.square().mean().sqrt().item()", "difference.abs().mean().item()"),
     ("samples.detach().cpu().double()", "samples.detach().double()"),
     ("cov_y.trace() - 2 * cross", "cov_y.trace() - cross"),
-    ("return (x[:, :, ends][..., ends] + 1).abs()", "return (x[:, :, ends][..., ends]).abs()"),
+    ("[..., [0, 1, -2, -1]] + 1).abs()", "[..., [0, 1, -2, -1]]).abs()"),
     ("alpha=h * h / (2 * before[1])", "alpha=h / 2"),
     ("a**2 * half_squares", "half_squares"),
     ("crossings % 2 == 1", "crossings > 0"),
