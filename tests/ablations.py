@@ -123,7 +123,7 @@ def train(run, steps, sample_batch, device, seconds_of_recipe):
         fit(build(), steps=20, log=log)
         steps = round(seconds_of_recipe / (log["seconds"] / 20))
     model, log = build(), {"steps": steps}
-    constant = mock.patch("helpers.learning_rate", lambda step, steps, peak, warmup: peak)
+    constant = mock.patch("helpers.learning_rate", lambda step, steps, peak, *_: peak)
     with constant if run.get("constant") else contextlib.nullcontext():
         fit(model, steps=steps, log=log)
     return model, log
