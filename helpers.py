@@ -181,7 +181,7 @@ def _check_simulation(x0, ts, decreasing_too=False):
 
 def _march(step, x, ts, trajectory):
     """Apply x = step(x, t, t_next, h) along ts; return the last x, or all, (N+1, B, *D)."""
-    xs = x.new_empty(len(ts) if trajectory else 1, *x.shape)  # a list fragments the heap
+    xs = x.new_empty(len(ts), *x.shape) if trajectory else [x]  # a list of all fragments the heap
     xs[0] = x
     times = ts[:, None].expand(len(ts), len(x))
     for n, h in enumerate(ts.diff().tolist()):
@@ -823,8 +823,8 @@ class UNet(nn.Module):
         self._check(x, t, labels)
         emb = self.embed_time(t)
         if self.embed_label is not None:
-            null = torch.full(t.shape, self.num_classes, device=t.device)
-            emb = emb + self.embed_label(null if labels is None else labels)
+            label = self.embed_label.weight[-1] if labels is None else self.embed_label(labels)
+            emb = emb + label
 
         def through(layers, h):
             for layer in layers:
