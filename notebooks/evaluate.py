@@ -11,7 +11,7 @@ Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     quality           10 000 samples of flow_linear: precision, recall, shares of the classes
     plain_recipe      the same for the plain recipe of public course labs, trained for it
     score_losses      question 5(a): what training with each score loss gives, in the plane
-    sigma             question 5(b): the SDE (3) for every sigma_t at 50 and 250 steps
+    sigma             question 5(b): the SDE (3) for every sigma_t, and remedies; it can go on
     dogs              notebook 05: score SDE and flow ODE in the plane, by times of training
 Without a name, all but classifier and plain_recipe, which train. A record holds N, function
 evaluations, seeds, device, versions and the SHA-256 of the weights; the notebooks refuse a
@@ -130,10 +130,15 @@ def sample(solve, n, device, dtype, seed=SEED):
     return torch.cat(chunks)
 
 
+def describe(networks, device, **settings):
+    """What a record says before its rows: the SHA-256 of its networks, settings, the machine."""
+    fingerprints = {network: helpers.fingerprint(network) for network in networks}
+    return {"weights": fingerprints, **settings, "seed": SEED, **helpers.describe_machine(device)}
+
+
 def save(name, networks, rows, device, **settings):
     """Write a record: its settings, the machine, and one row for each case."""
-    content = {**settings, "seed": SEED, **helpers.describe_machine(device), "rows": rows}
-    save_record(name, networks, content)
+    save_record(name, [], {**describe(networks, device, **settings), "rows": rows})
 
 
 def save_record(name, networks, content):
@@ -143,6 +148,14 @@ def save_record(name, networks, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"weights": fingerprints, **content}, indent=1) + "\n"
     helpers.write_atomically(path, text.encode())
+
+
+def kept_rows(name, networks, device, **settings):
+    """The rows so far of a record in the making, if it is of these networks and settings."""
+    path = helpers.output_folder("records") / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = kept.pop("rows")
+    return rows if kept == describe(networks, device, **settings) else []
 
 
 def augmented_batches(images, labels):
@@ -547,26 +560,64 @@ def score_errors(score, mixture, path, levels, n=4000):
     return errors
 
 
+def exact_steps(velocity, ts, kept):
+    """A solver of (3) on the linear path, exact for fixed E[z | x_t], as in notebook 05.
+
+    kept(t, t_next): the part of the noise that a step keeps; the rest of it is renewed.
+    """
+
+    @torch.no_grad()
+    def solve(x, generator):
+        for t, t_next in itertools.pairwise(ts.tolist()):
+            u, rho = velocity(x, x.new_full(x.shape[:1], t)), kept(t, t_next)
+            fresh = torch.randn(x.shape, generator=generator).to(x)
+            noise = rho * (x - t * u) + math.sqrt(1 - rho**2) * fresh
+            x = t_next * (x + (1 - t) * u) + (1 - t_next) * noise
+        return x
+
+    return solve
+
+
 def evaluate_sigma(judge, device, n=500, sets=5):
-    """Question 5(b): Euler-Maruyama on eq. (3), with the trained velocity and score."""
+    """Question 5(b): Euler-Maruyama on eq. (3), with the trained velocity and score; remedies.
+
+    On a CPU this takes hours: every row is kept, and a run that was cut off goes on.
+    """
     path = helpers.GaussianPath(helpers.LinearScheduler())
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     net = helpers.load_weights(UNet(), "score_linear").to(device)
     dtype, score = helpers.choose_dtype(velocity, device), helpers.NoiseScore(net, path)
-    rows = []
-    for number, steps, (label, sigma) in itertools.product(range(sets), (50, 250), SIGMAS.items()):
-        if number and steps != 50:
-            continue  # one set where nothing is ranked
+
+    def euler(sigma, steps):
         drift, ts = helpers.sde_drift(velocity, score, sigma), helpers.time_grid(steps)
+        return lambda x, generator: helpers.euler_maruyama(drift, sigma, x, ts, generator=generator)
 
-        def solve(x0, generator, drift=drift, sigma=sigma, ts=ts):
-            return helpers.euler_maruyama(drift, sigma, x0, ts, generator=generator)
+    ts = helpers.time_grid(50)
+    remedies = {
+        "1, last 5 quiet": euler(lambda t: 1.0 * (t < 0.9 - 1e-3), 50),
+        "1, exact steps": exact_steps(
+            velocity, ts, lambda t, s: math.exp(0.5 / (1 - t) - 0.5 / (1 - s)) if s < 1 else 0.0
+        ),
+        "sqrt(2 beta), exact steps": exact_steps(velocity, ts, lambda t, s: (1 - s) / (1 - t)),
+        "reversal, exact steps": exact_steps(
+            velocity, ts, lambda t, s: t * (1 - s) / (s * (1 - t))
+        ),
+    }
+    cases = [(label, 50, 0, solve) for label, solve in remedies.items()]
+    for number, steps, (label, sigma) in itertools.product(range(sets), (50, 100), SIGMAS.items()):
+        if number == 0 or (steps == 50 and label not in ("1", "2")):  # one set where all is clear
+            cases.append((label, steps, number, euler(sigma, steps)))
 
+    networks = ["flow_linear", "score_linear", "classifier"]
+    settings = {"n": n, "dtype": dtype}
+    rows = kept_rows("sigma.part", networks, device, **settings)
+    for label, steps, number, solve in cases[len(rows) :]:
         x = sample(solve, n, device, dtype, SEED + number)
         rows.append({"sigma": label, "steps": steps, "set": number, **judge.measure(x)})
         print(rows[-1], flush=True)
-    networks = ["flow_linear", "score_linear", "classifier"]
-    save("sigma", networks, rows, device, n=n, dtype=dtype)
+        save("sigma.part", networks, rows, device, **settings)
+    save("sigma", networks, rows, device, **settings)
+    (helpers.output_folder("records") / "sigma.part.json").unlink()
 
 
 def late_half(late):

@@ -58,13 +58,13 @@ def page(root):
     return "\n".join(lines) + "\n"
 
 
-def latex(root):
-    """One figure environment each, at natural width."""
+def latex(chosen):
+    """One figure environment for each of these figures, at natural width."""
     lines = [
         "% needs graphicx and \\graphicspath{{figures/}}; \\input it, or copy what you need",
         "",
     ]
-    for figure in figures(root):
+    for figure in chosen:
         lines += [
             r"\begin{figure}",
             r"\centering",
@@ -79,5 +79,5 @@ def latex(root):
 
 def write(root):
     """Write both to root / "figures"."""
-    for name, text in (("README.md", page(root)), ("figures.tex", latex(root))):
+    for name, text in (("README.md", page(root)), ("figures.tex", latex(figures(root)))):
         helpers.write_atomically(root / "figures" / name, text.encode())

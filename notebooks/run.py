@@ -7,7 +7,8 @@ A NAME is the start of a file name, such as 03; without one, all notebooks are m
     --student DIR  execute nothing; write the notebooks without answers and with the exercises
                    emptied, and what they need, to DIR
     --figures DIR  write only figures, those whose names begin with a NAME such as 1d or
-                   beyond_dog, to DIR; --format png,pdf,svg says how
+                   beyond_dog, to DIR, with their captions (figures.tex) and the tables of these
+                   names; --format png,pdf,svg says how
 Prints a line a notebook with its seconds, and whether its text is that of the committed one.
 Notebooks run side by side, a core each (but with FLOW_RETRAIN one by one, with all cores). The
 first failing cell ends the run and leaves that notebook's file as it was.
@@ -264,10 +265,14 @@ def write_figures(options):
     with tempfile.TemporaryDirectory(prefix="figures-") as made:
         os.environ.update(FLOW_OUTPUT=made, FLOW_SVG="1" if ".svg" in formats else "")
         run(sorted({figure.notebook for figure in wanted}), options)
-        for figure in wanted:
-            for kind in formats:
-                shutil.copy(Path(made) / "figures" / (figure.name + kind), folder)
-    print(f"{len(wanted)} figures: {folder}")
+        drawn = [figure for figure in gallery.figures(Path(made)) if figure.name.startswith(begins)]
+        kept = {figure.name + kind for figure in drawn for kind in formats}
+        for path in (Path(made) / "figures").iterdir():
+            table = path.suffix in (".tex", ".csv") and path.name.startswith(begins)
+            if table or path.name in kept:
+                shutil.copy(path, folder)
+    helpers.write_atomically(folder / "figures.tex", gallery.latex(drawn).encode())
+    print(f"{len(drawn)} figures: {folder}")
 
 
 def stop():

@@ -265,12 +265,13 @@ def test_notebooks_run_side_by_side_and_a_fault_ends_the_others(home, capsys):
 
 DRAWS = f"""import sys
 sys.path[:0] = [{str(Path(run.__file__).parent)!r}, {str(Path(run.__file__).parents[1])!r}]
-from plots import save_figure, plt
+from plots import save_figure, save_table, plt
 for name in ("1a_line", "1b_line"):
     fig, ax = plt.subplots(figsize=(3.2, 2))
     ax.plot([0, 1])
     ax.set_title(name)
-    save_figure(fig, name, f"{{name[:2]}}: 50 % of $x_1$, `x|y`")"""
+    save_figure(fig, name, f"{{name[:2]}}: 50 % of $x_1$, `x|y`")
+    save_table([{{"n": 1}}], name[:2] + "_table", "one number")"""
 
 
 def test_the_gallery_and_figures_of_one_question(home, tmp_path, monkeypatch):
@@ -284,7 +285,11 @@ def test_the_gallery_and_figures_of_one_question(home, tmp_path, monkeypatch):
     assert r"\caption{1b: 50 \% of $x_1$, \texttt{x|y}}" in latex
     assert r"\label{fig:1b-line}" in latex
     run.main(["--figures", str(tmp_path / "report"), "--format", "svg,pdf", "1b"])
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {"1b_line.svg", "1b_line.pdf"}
+    table, captions = ["1b_table.tex", "1b_table.csv"], tmp_path / "report" / "figures.tex"
+    made = {"1b_line.svg", "1b_line.pdf", *table, captions.name}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == made
+    assert captions.read_text().count(r"\label") == 1
+    assert "fig:1b-line" in captions.read_text()
     with pytest.raises(SystemExit, match="no figure begins with 7c"):
         run.main(["--figures", str(tmp_path / "report"), "7c"])
     with pytest.raises(SystemExit, match="png,pdf,svg"):
