@@ -829,7 +829,7 @@ def unet():
 
 def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
-    fig, (left, right) = _page(2.7, 2, sharey=True)
+    fig, (left, right) = _page(2.7, 2)
     plot_loss(losses, left)
     looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
     for (field, images), (mean, error) in curves.items():
@@ -838,9 +838,9 @@ def exact_minimiser(losses, times, curves):
     floor = curves["minimiser", "training"][0].mean()
     left.axhline(floor, color=looks["minimiser"])
     left.text(len(losses), floor * 0.9, "exact minimiser, training images", ha="right", va="top")
-    left.text(len(losses), 0.33, "the network", color=COLORS["model"], ha="right")
-    left.set(yscale="log", ylim=(1e-2, 60), title="training", ylabel="loss per pixel")
-    right.set(xlabel="$t$", title="by time, after training", xlim=(0, 1))
+    left.text(len(losses), 0.26, "the network", color=COLORS["model"], ha="right")
+    left.set(yscale="log", ylim=(0.05, 1.2), title="training", ylabel="loss per pixel")
+    right.set(yscale="log", ylim=(1e-2, 60), xlabel="$t$", xlim=(0, 1), title="after training")
     right.text(0.62, 2.5, "exact minimiser,\ntest images", ha="right")
     right.text(0.44, 0.013, "exact minimiser,\ntraining images")
     right.text(1, 0.13, "the network, both", color=COLORS["model"], ha="right", va="top")
