@@ -998,3 +998,16 @@ def test_evaluations_belong_to_their_weights(weights_folder):
         helpers.load_record("table")
     with pytest.raises(FileNotFoundError, match=r"missing\.json does not exist.*evaluate\.py"):
         helpers.load_record("missing")
+
+
+def test_a_record_in_the_making_goes_on(weights_folder):
+    import evaluate
+
+    save_weights(MLP(), "net", {"config": {}})
+    case = "table.part", ["net"]
+    assert evaluate.kept_rows(*case, torch.device("cpu"), n=5) == []
+    evaluate.save(*case, [{"sigma": 1, "value": 0.5}], torch.device("cpu"), n=5)
+    assert evaluate.kept_rows(*case, torch.device("cpu"), n=5) == [{"sigma": 1, "value": 0.5}]
+    assert evaluate.kept_rows(*case, torch.device("cpu"), n=6) == []
+    save_weights(MLP(), "net", {"config": {"other": 1}})
+    assert evaluate.kept_rows(*case, torch.device("cpu"), n=5) == []
