@@ -755,6 +755,8 @@ def main(names):
     if "--in-place" in names:
         names.remove("--in-place")
         os.environ["FLOW_OUTPUT"] = str(helpers.ROOT)
+    if {"-h", "--help"} & {*names}:
+        return print(__doc__)
     names = names or [name for name in JOBS if name != "plain_recipe"]
     unknown = set(names) - {"classifier", *JOBS}
     if unknown:

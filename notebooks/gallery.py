@@ -61,7 +61,7 @@ def page(root):
 def latex(chosen):
     """One figure environment for each of these figures, at natural width."""
     lines = [
-        "% needs graphicx and \\graphicspath{{figures/}}; \\input it, or copy what you need",
+        "% needs graphicx, and this folder in \\graphicspath; \\input it, or copy what you need",
         "",
     ]
     for figure in chosen:

@@ -155,7 +155,7 @@ def ou_shared_noise(ts, xs, theta, sigma):
 def langevin_factor(ts, right, printed, exact):
     """1(a): paths (N+1, B) under the right and the printed drift; exact: the latter's variance."""
     fig, (left, ax) = _page(2.5, 2)
-    names = r"factor $\sigma^2/2$", r"as printed, $1/(2\sigma^2)$"
+    names = "right factor", r"as printed, $1/(2\sigma^2)$"
     x = torch.linspace(-7, 7, 300)
     looks = (right, COLORS["model"], "o", "left"), (printed, _WRONG, "s", "right")
     words = " right factor:\n keeps $p$", "as printed "

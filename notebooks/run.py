@@ -39,6 +39,8 @@ METADATA = {
     "colab": {"provenance": [], "toc_visible": True},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
 }
+TASK = "Write the functions `my_…` and `My…`: their ✗ turns to ✓. Answer the questions in cells of "
+TASK += "your own, and write the captions of the figures."
 KEPT = {"tags", "jupyter", "cellView", "jp-MarkdownHeadingCollapsed"}  # metadata of a cell
 
 
@@ -170,8 +172,18 @@ def emptied(source):
     return ast.unparse(tree)
 
 
+def uncaptioned(source):
+    """The code of a cell without the caption of its figure, which tells what one sees."""
+    lines = source.split("\n")
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "caption":
+            lines[node.lineno - 1 : node.end_lineno] = ['caption = "?"  # what does one see?']
+    return "\n".join(lines)
+
+
 def student(notebook):
-    """A notebook to hand out: no answers, derivations or outputs, and the exercises emptied."""
+    """A notebook to hand out: no answers, derivations or outputs, the exercises emptied, and the
+    figures of the questions without caption."""
     notebook = copy.deepcopy(notebook)
     notebook.cells = [
         cell
@@ -185,6 +197,9 @@ def student(notebook):
             cell.outputs, cell.execution_count = [], None
             if "exercise" in cell.metadata.get("tags", []):
                 cell.source = emptied(cell.source)
+            if "caption = " in cell.source and '"beyond_' not in cell.source:
+                cell.source = uncaptioned(cell.source)
+    notebook.cells[0].source += f"\n\n{TASK}"
     return notebook
 
 

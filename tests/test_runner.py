@@ -161,7 +161,8 @@ def test_the_student_version_runs_and_the_solution_turns_its_cross(home, tmp_pat
     names = {path.name for path in (tmp_path / "class" / "notebooks").iterdir()}
     assert names == {NAME.name, *beside}
     assert [cell.cell_type for cell in handed.cells] == ["markdown", "code", "code"]
-    assert handed.cells[0].source == "# 01\n\n### Question 1 (a) (1 point)"  # without the badge
+    first = "# 01\n\n### Question 1 (a) (1 point)"  # without the badge
+    assert handed.cells[0].source == f"{first}\n\n{run.TASK}"
     assert handed.cells[1].source == 'def double(x):\n    """Twice x."""\n    ...'
     assert not handed.cells[2].outputs
     for solution, mark in ((None, "✗"), (EXERCISE, "✓")):
@@ -207,6 +208,18 @@ def test_the_student_version_of_a_notebook_has_a_cross_for_each_exercise(number)
     crosses = [line for text in texts for line in text.splitlines() if line.startswith("✗")]
     exercises = len(uses(whole))
     assert exercises - 1 <= len(crosses) <= exercises, crosses  # two may share a claim
+
+
+def test_the_caption_of_a_question_is_left_to_the_student():
+    source = 'x = 1\ncaption = (\n    f"{x} is "\n    "one"\n)\nsave_figure(x, "1a_x", caption)'
+    cells = [
+        new_markdown_cell("#"),
+        new_code_cell(source),
+        new_code_cell(source.replace("1a", "beyond")),
+    ]
+    handed = run.student(new_notebook(cells=cells))
+    short = 'x = 1\ncaption = "?"  # what does one see?\nsave_figure(x, "1a_x", caption)'
+    assert [cell.source for cell in handed.cells[1:]] == [short, cells[2].source]
 
 
 def test_an_exercise_that_is_a_class_keeps_its_methods():

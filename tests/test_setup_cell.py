@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def colab(tmp_path):
         settings = {
             "GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": f"url.file://{remote}.insteadOf",
-            "GIT_CONFIG_VALUE_0": "https://github.com/OWNER/REPOSITORY",
+            "GIT_CONFIG_VALUE_0": re.search(r"https://github\.com/\S+", SETUP)[0],
         }
         return run(pretend + SETUP.replace("/content", str(content)), content, said, **settings)
 
