@@ -130,32 +130,39 @@ def sample(solve, n, device, dtype, seed=SEED):
     return torch.cat(chunks)
 
 
-def describe(networks, device, **settings):
-    """What a record says before its rows: the SHA-256 of its networks, settings, the machine."""
-    fingerprints = {network: helpers.fingerprint(network) for network in networks}
-    return {"weights": fingerprints, **settings, "seed": SEED, **helpers.describe_machine(device)}
+def new_record(name):
+    """The file of a record that is made here."""
+    return helpers.output_folder("records") / f"{name}.json"
+
+
+def of_weights(networks, content):
+    """Content (a dict) after the SHA-256 of the networks it was made with."""
+    return {"weights": {name: helpers.fingerprint(name) for name in networks}, **content}
+
+
+def described(device, settings):
+    return {**settings, "seed": SEED, **helpers.describe_machine(device)}
 
 
 def save(name, networks, rows, device, **settings):
     """Write a record: its settings, the machine, and one row for each case."""
-    save_record(name, [], {**describe(networks, device, **settings), "rows": rows})
+    save_record(name, networks, {**described(device, settings), "rows": rows})
 
 
 def save_record(name, networks, content):
     """Write <name>.json: content (a dict), and the SHA-256 of the networks it was made with."""
-    path = helpers.output_folder("records") / f"{name}.json"
-    fingerprints = {network: helpers.fingerprint(network) for network in networks}
+    path = new_record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"weights": fingerprints, **content}, indent=1) + "\n"
+    text = json.dumps(of_weights(networks, content), indent=1) + "\n"
     helpers.write_atomically(path, text.encode())
 
 
 def kept_rows(name, networks, device, **settings):
     """The rows so far of a record in the making, if it is of these networks and settings."""
-    path = helpers.output_folder("records") / f"{name}.json"
+    path = new_record(name)
     kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = kept.pop("rows")
-    return rows if kept == describe(networks, device, **settings) else []
+    return rows if kept == of_weights(networks, described(device, settings)) else []
 
 
 def augmented_batches(images, labels):
@@ -618,10 +625,10 @@ def evaluate_sigma(judge, device, n=500, sets=5):
             x = sample(solve, n, device, dtype, SEED + number)
             done = [{**case, **judge.measure(x)}]
             print(done[0], flush=True)
+            save("sigma.part", networks, rows + done, device, **settings)
         rows += done
-        save("sigma.part", networks, rows, device, **settings)
     save("sigma", networks, rows, device, **settings)
-    (helpers.output_folder("records") / "sigma.part.json").unlink()
+    new_record("sigma.part").unlink()
 
 
 def late_half(late):
