@@ -13,9 +13,10 @@ Usage: python notebooks/evaluate.py [--in-place] [name ...], with the names
     score_losses      question 5(a): what training with each score loss gives, in the plane
     sigma             question 5(b): the SDE (3) for every sigma_t, and remedies; it can go on
     dogs              notebook 05: score SDE and flow ODE in the plane, by times of training
-Without a name, all but classifier and plain_recipe, which train. A record holds N, function
-evaluations, seeds, device, versions and the SHA-256 of the weights; the notebooks refuse a
-record of other weights. Written to build/records, or with --in-place, for maintainers, to data/.
+Without a name, all but classifier and plain_recipe. A record holds its settings, seed, device,
+versions and the SHA-256 of the weights (the classifier's its accuracy and that); the notebooks
+refuse a record of other weights. Written to build/records, or with --in-place, for maintainers,
+to data/.
 """
 
 import functools
@@ -39,7 +40,6 @@ from helpers import UNet
 
 SEED = 7
 BATCH = 250
-FLOWS = [f"flow_{name}" for name in helpers.SCHEDULERS]  # the linear one first
 SIGMAS = {  # the sigma_t compared in question 5(b): numbers, or functions of t with beta = 1 - t
     "0 (ODE)": 0,
     "0.25": 0.25,
@@ -375,7 +375,7 @@ def evaluate_flows(judge, device, n=2000, nfe=32):
     distances = {k: nearest_distances(x, pixels).tolist() for k, x in distances.items()}
     settings = {"n": n, "nfe": nfe, "dtype": "float32", "levels": TIMES}
     settings["nearest"] = {k: [round(v, 4) for v in values] for k, values in distances.items()}
-    networks = [*FLOWS, "classifier"]
+    networks = [*flows, "classifier"]
     save("flows", networks, rows, device, **settings)
 
 
@@ -525,7 +525,7 @@ def evaluate_score_losses(device, steps=3000, batch=512, lr=5e-3):
     }
     mixture = helpers.GaussianMixture(**data)
     path = helpers.GaussianPath(helpers.LinearScheduler())
-    levels = [0.05 + 0.1 * k for k in range(10)] + [0.98, 0.995]
+    levels = [*TIMES, 0.98, 0.995]
     losses = [("printed", 0.0), ("printed", 0.01), ("printed", 0.1), ("weighted", 0.0)]
     rows = []
     for returns, (kind, delta), seed in itertools.product(("s", "noise"), losses, range(3)):

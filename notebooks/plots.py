@@ -195,7 +195,7 @@ def brownian_paths(ts, runs):
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
         ax.set(xticks=(0, 0.5, 1), yticks=(-6, -4, -2, 0, 2, 4, 6))
     axes[0].set_ylabel("$X_t$")
-    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color=_NOTE)
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma\sqrt{t}$", color=_NOTE)
     return fig
 
 
@@ -341,9 +341,9 @@ def fokker_planck(laws, snapshots):
         style = {"fmt": ".", "markersize": None, "label": "simulated paths"}
         _dots(ax, middles, counts / (len(x) * width), bar, COLORS["model"], **style)
         ax.plot(grid, law.log_prob(grid[:, None]).exp(), **_EXACT, label=name)
-        ax.set(xlabel="$x$", title=f"$t = {t:g}$", ylim=(0, 0.6))
+        ax.set(xlabel="$x$", title=f"$t = {t:g}$", ylim=(0, 0.5))
     axes[0].set_ylabel("density of $X_t$")
-    axes[0].legend(loc="upper left")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
@@ -356,9 +356,9 @@ def time_reversal(density, returned):
         weights = torch.full((len(x),), 1 / (len(x) * 0.25))
         ax.hist(x, bins=64, range=(-8, 8), weights=weights, **style)
         ax.plot(grid, density(grid), color=COLORS["data"], linewidth=1, label="the data")
-        ax.set(title=name, xlabel="$x$", ylim=(0, 0.9), yticks=(0, 0.2, 0.4, 0.6))
+        ax.set(title=name, xlabel="$x$", ylim=(0, 0.6), yticks=(0, 0.2, 0.4, 0.6))
     axes[0].set_ylabel("density")
-    axes[0].legend(loc="upper right")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 
 
@@ -456,7 +456,7 @@ def conditional_path(z, eps, t, runs):
             place = mean + away * torch.maximum((point - mean).norm(), 2 * std)
             ax.plot(*point, "o", color=COLORS[kind], markersize=6)
             style = {"color": COLORS[kind], "ha": "center", "va": "center"}
-            style["bbox"] = {"fc": "white", "ec": "none", "pad": 0}
+            style["bbox"] = {"fc": "white", "ec": "none", "pad": 2}
             ax.annotate(text, place, 10 * away, textcoords="offset points", **style)
         _frame_plane(ax, 4).set_title(f"{name}, $t = {t:g}$")
     axes[0].text(-3.8, -3.7, r"circle: radius $2\beta_t$ about $\alpha_tz$")
@@ -467,7 +467,7 @@ def conditional_path(z, eps, t, runs):
 
 def histograms(times, rows, laws, bins, top):
     """2(c), 2(d): rows {name: clouds (T, B, 2)} over their exact laws; all rows share the ends."""
-    fig = plt.figure(figsize=(FULL, 0.2 + 1.3 * len(rows)))
+    fig = plt.figure(figsize=(FULL, 1.5 * len(rows)))
     grid, inner = fig.add_gridspec(len(rows), len(times)), range(1, len(times) - 1)
     for j, (name, clouds) in enumerate(rows.items()):
         for k, (t, x, law) in enumerate(zip(times, clouds, laws[name], strict=True)):
@@ -476,7 +476,7 @@ def histograms(times, rows, laws, bins, top):
                 plot_histogram(x, ax, limit=3.5, bins=bins, vmax=top)
                 ax.collections[0].set_cmap("OrRd")
                 _bare(plot_density(law, ax, limit=3.5, levels=(0.02, 0.1, 0.3)), 3.5)
-                schedule = f"{name}, " if k in inner and len(rows) > 1 else ""
+                schedule = f"{name}\n" if k in inner and len(rows) > 1 else ""
                 ax.set_title(f"{schedule}$t = {t:g}$")
     bar = {"extend": "max", "pad": 0.01, "aspect": 25, "ticks": (0, 0.2, 0.4)}
     fig.colorbar(ax.collections[0], ax=fig.axes, **bar, label="density;\nlines: exact $p_t$")
@@ -654,7 +654,7 @@ def solver_paths(fine, coarse, name, limit=3.4):
         _frame_plane(ax, limit).set_title(title)
     _corner(axes[0], name, COLORS["model"])
     _corner(axes[0], "circles: starts", COLORS["noise"], x=0.97)
-    _corner(axes[0], "black: very many steps", y=0.03)
+    _corner(axes[0], f"black: {len(fine) - 1} steps", y=0.03)
     return fig
 
 
@@ -678,7 +678,7 @@ def step_count(clouds, excess, errors, network):
     for (name, row), kind, mark in zip(errors.items(), ("model", "noise"), "os", strict=True):
         right.plot(row.keys(), row.values(), f"{mark}-", color=COLORS[kind], label=name, **style)
     right.axhline(network, **_LEVEL, linewidth=0.9)
-    right.text(1, 0.9 * network, "network", va="top")
+    right.text(1, 0.9 * network, "network's error", va="top")
     right.set(xlabel="evaluations of the network", ylabel="median error of an end point")
     right.set(xscale="log", yscale="log")
     right.legend(loc="lower left")
@@ -830,7 +830,7 @@ def unet():
 def exact_minimiser(losses, times, curves):
     """4(b): the loss by step, and by time {(field, images): (mean, error)}, with its minimiser."""
     fig, (left, right) = _page(2.7, 2)
-    plot_loss(losses, left)
+    plot_loss(losses, left).set(ylim=(0.05, 1.2), title="training")
     looks = {"network": COLORS["model"], "minimiser": COLORS["exact"]}
     for (field, images), (mean, error) in curves.items():
         style = {"color": looks[field], "ls": "-" if images == "training" else "--"}
@@ -839,8 +839,8 @@ def exact_minimiser(losses, times, curves):
     left.axhline(floor, color=looks["minimiser"])
     left.text(len(losses), floor * 0.9, "exact minimiser, training images", ha="right", va="top")
     left.text(len(losses), 0.26, "the network", color=COLORS["model"], ha="right")
-    left.set(yscale="log", ylim=(0.05, 1.2), title="training", ylabel="loss per pixel")
-    right.set(yscale="log", ylim=(1e-2, 60), xlabel="$t$", xlim=(0, 1), title="after training")
+    plt.setp((left, right), yscale="log", ylabel="loss per pixel")
+    right.set(ylim=(1e-2, 60), xlabel="$t$", xlim=(0, 1), title="after training")
     right.text(0.62, 2.5, "exact minimiser,\ntest images", ha="right")
     right.text(0.44, 0.013, "exact minimiser,\ntraining images")
     right.text(1, 0.13, "the network, both", color=COLORS["model"], ha="right", va="top")
@@ -869,7 +869,7 @@ def steps_or_geometry(places, errors, corners):
         ax.set_xticks(range(len(places)), places)
         ax.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.2, handlelength=1)
         low, high = ax.get_ylim()
-        marks = [m for m in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low < m < high]
+        marks = [m for m in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low < m < high * 2]
         ax.set(yticks=marks, yticklabels=marks, ylim=(low, high * 2))
         ax.minorticks_off()
     return fig

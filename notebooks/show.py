@@ -78,7 +78,7 @@ def save_table(rows, name, caption):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
     head, *body = [" & ".join(to_latex(cell) for cell in line) for line in lines]
     tex = [r"\begin{table}", r"\centering", rf"\caption{{{to_latex(caption)}}}"]
-    tex += [rf"\label{{tab:{name.replace('_', '-')}}}"]
+    tex += [rf"\label{{tab:{name.replace('_', '-')}}}\vspace{{1ex}}"]
     tex += [rf"\begin{{tabular}}{{l{'r' * (len(widths) - 1)}}}", r"\toprule"]
     tex += [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body), r"\bottomrule"]
     text = "\n".join([*tex, r"\end{tabular}", r"\end{table}", ""])

@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINS = {"03"}  # notebooks with live training cells
+TRAINS = {"03"}  # notebooks that train so long that a bar is seen
 TOKEN = secrets.token_hex(16)
 
 # The whole notebook as JSON: the page itself holds only the cells that are in view.

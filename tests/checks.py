@@ -1,10 +1,22 @@
-"""Statistical comparisons. Seeds are fixed, so that a test gives one verdict for ever; the
-error rates say how often a right program would fail if the seed were drawn anew."""
+"""Statistical comparisons, and what several files draw and solve. Seeds are fixed, so that a test
+gives one verdict for ever; the error rates say how often a right program would fail if the seed
+were drawn anew."""
 
 import math
 
 import torch
 from scipy import stats
+
+from helpers import make_generator
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
+
+
+def swirl(x, t):
+    """A field that depends on each entry of x and on t, for any shape."""
+    return torch.sin(x) + t.reshape(-1, *[1] * (x.ndim - 1)) * torch.cos(2 * x)
 
 
 def assert_mean(samples, expected=0.0, bias=0.0):

@@ -12,7 +12,7 @@ import torch
 import helpers
 
 matplotlib.use("Agg")
-sys.path.append(str(Path(helpers.__file__).parent / "notebooks"))  # plots.py, show.py
+sys.path.append(str(Path(helpers.__file__).parent / "notebooks"))  # plots.py, run.py and the others
 torch.set_num_threads(1)  # the tensors are small
 
 

@@ -147,7 +147,7 @@ def first_failure(source, first=()):
         copy = Path(folder)
         for name in ("tests", "notebooks"):
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("conftest.py", "pyproject.toml", "README.md", "requirements.txt"):
+        for name in ("conftest.py", "pyproject.toml", "requirements.txt"):
             shutil.copy(ROOT / name, copy / name)
         (copy / "data").symlink_to(ROOT / "data")
         (copy / "helpers.py").write_text(source)

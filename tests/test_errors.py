@@ -1,6 +1,6 @@
 """Wrong input raises ValueError with what was wrong and what to do, never a silent broadcast.
 
-Files have their errors tested with them: test_fashion_mnist, test_training, test_setup_plots.
+Files have their errors tested with them: test_fashion_mnist, test_training, test_setup, test_plots.
 """
 
 import pytest

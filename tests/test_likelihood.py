@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from checks import assert_mean
+from checks import assert_mean, normal
 
 from helpers import (
     GaussianMixture,
@@ -19,10 +19,6 @@ from helpers import (
 )
 
 MIXTURE = GaussianMixture([[1.5, 0.0], [-1.0, 1.0]], [0.4, 0.7], [1.0, 2.0])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
 def signs(*shape, seed=0):
@@ -92,14 +88,13 @@ def test_hutchinsons_likelihood_is_near_the_exact_one():
     assert_mean(torch.stack(values), exact)
 
 
-def test_likelihood_of_a_scaling_in_several_shapes():
+@pytest.mark.parametrize("shape", [(6,), (6, 1, 2, 2)])
+def test_likelihood_of_a_scaling(shape):
     """dx/dt = a x maps N(0, I) to N(0, exp(2a) I)."""
-    x, rate = normal(6, 1, 2, 2), 0.7
-    expected = torch.distributions.Normal(0, torch.tensor(rate, dtype=x.dtype).exp())
-    result = log_likelihood(lambda x, t: rate * x, x, time_grid(200))
-    torch.testing.assert_close(
-        result, expected.log_prob(x).flatten(1).sum(dim=1), rtol=0, atol=1e-4
-    )
+    x = normal(*shape)
+    expected = torch.distributions.Normal(0, math.exp(0.7)).log_prob(x).reshape(6, -1).sum(dim=1)
+    found = log_likelihood(lambda x, t: 0.7 * x, x, time_grid(200))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (5, 1, 2, 2), (1, 3)])
@@ -186,13 +181,6 @@ def test_likelihood_takes_lists_and_gradients_and_batches_of_none():
     assert torch.equal(log_likelihood(exact_velocity, x, [0, 0.5, 1]), expected)
     for shape in ((0, 2), (0,)):
         assert log_likelihood(lambda x, t: -x, torch.zeros(shape), [0, 1]).shape == (0,)
-
-
-def test_likelihood_of_a_scalar_process():
-    x = normal(6)
-    expected = torch.distributions.Normal(0, math.exp(0.7)).log_prob(x)
-    found = log_likelihood(lambda x, t: 0.7 * x, x, time_grid(200))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checks import assert_mean
-from scipy import linalg, spatial, stats
+from scipy import linalg, spatial
 
 import evaluate
 import helpers
@@ -83,11 +83,9 @@ def test_sliced_wasserstein_of_a_shift(dimension):
     assert found**2 * dimension == pytest.approx(shift.square().sum().item(), rel=0.05)
 
 
-def test_sliced_wasserstein_of_one_direction_is_that_of_scipy():
-    """In one dimension, |shift| also for the order-1 distance; a scale differs in both alike."""
+def test_sliced_wasserstein_of_a_scale_in_one_dimension():
+    """From x to 3 x, the sorted points move by 2 |x|."""
     x = torch.linspace(-1, 1, 51, dtype=torch.float64)[:, None]
-    order_1 = stats.wasserstein_distance(x[:, 0].numpy(), 3 * x[:, 0].numpy())
-    assert order_1 == pytest.approx((2 * x).abs().mean().item())
     expected = (2 * x).square().mean().sqrt().item()
     assert sliced_wasserstein(x, 3 * x) == pytest.approx(expected)
 
@@ -182,7 +180,7 @@ def test_metrics_take_any_number_and_compute_in_float64(name, dtype):
 
 def test_sliced_wasserstein_of_large_half_precision():
     x = torch.full((4, 3), 6e4).half()
-    assert sliced_wasserstein(x, -x) == pytest.approx(1.2e5 * math.sqrt(1), rel=0.2)
+    assert sliced_wasserstein(x, -x) == pytest.approx(1.2e5, rel=0.2)
 
 
 def test_frechet_distance_is_never_negative():

@@ -22,7 +22,7 @@ TIMES = [0.0, 0.3, 0.7, 1.0]
 
 
 def noisy_batch(mixture, scheduler, t, n=20_000):
-    """z, eps, x_t for n draws at the time t."""
+    """Times, path, z, eps for n draws at the time t."""
     generator = make_generator(3)
     z = mixture.sample(n, generator=generator)
     eps = torch.randn(n, 2, generator=generator, dtype=z.dtype)

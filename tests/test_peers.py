@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from checks import normal
 from scipy import linalg
 
 import helpers
@@ -22,10 +23,6 @@ def peer(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(name)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
 @pytest.fixture(params=["linear", "cosine", "polynomial"])

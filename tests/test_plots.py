@@ -276,7 +276,7 @@ def test_a_figure_holds_what_it_draws(figures, shown):
 # Tables
 
 
-def test_a_table_is_printed_and_written(figures, shown, capsys):
+def test_a_table_is_printed_and_written(figures, capsys):
     save_table([{"n_t": 1, "error": "10%"}, {"n_t": 20, "error": "5%"}], "3d_table", "By steps.")
     assert capsys.readouterr().out == "n_t  error\n  1    10%\n 20     5%\n"
     tex = (figures / "3d_table.tex").read_text()
@@ -287,7 +287,7 @@ def test_a_table_is_printed_and_written(figures, shown, capsys):
             save_table(wrong, "3d_table", "")
 
 
-def test_a_table_keeps_its_mathematics_and_its_commas(figures, shown):
+def test_a_table_keeps_its_mathematics_and_its_commas(figures):
     save_table([{"$\\sigma_t$": "1,5", "n_t": 2}], "5b_table", "By sigma.")
     assert "$\\sigma_t$ & n\\_t" in (figures / "5b_table.tex").read_text()
     assert '"1,5",2' in (figures / "5b_table.csv").read_text()

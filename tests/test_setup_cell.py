@@ -109,9 +109,7 @@ def colab(tmp_path):
 
 def test_on_colab_it_clones_then_updates(colab):
     open_notebook, publish, clone = colab
-    assert open_notebook(
-        "",
-    ) == files_of(clone)
+    assert open_notebook() == files_of(clone)
     assert open_notebook() == files_of(clone)  # a restarted kernel finds the clone
     publish("version = 2\n")
     assert open_notebook() == files_of(clone)
