@@ -195,7 +195,7 @@ def brownian_paths(ts, runs):
         ax.set(xlabel="$t$", title=rf"$\sigma = {sigma:g}$", xlim=(0, 1), ylim=(-6.2, 6.2))
         ax.set(xticks=(0, 0.5, 1), yticks=(-6, -4, -2, 0, 2, 4, 6))
     axes[0].set_ylabel("$X_t$")
-    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma\sqrt{t}$", color=_NOTE)
+    axes[0].text(0.05, -5.8, r"grey: $\pm2\sigma$√$t$", color=_NOTE)
     return fig
 
 
