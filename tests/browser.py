@@ -149,7 +149,7 @@ def faults(content, name, seen):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", help="two digits each; by default all")
-    parser.add_argument("--screenshots", type=Path, help="folder for one picture of each")
+    parser.add_argument("--screenshots", type=Path, help="folder for the first screen of each")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one notebook")
     arguments = parser.parse_args()
     if importlib.util.find_spec("playwright") is None:
@@ -174,6 +174,8 @@ def main():
                 content, seen = run_all(page, address, name, arguments.limit)
                 if arguments.screenshots:
                     arguments.screenshots.mkdir(parents=True, exist_ok=True)
+                    page.evaluate("jupyterapp.shell.currentWidget.content.scrollToItem(0)")
+                    time.sleep(2)  # until the cells in view are drawn
                     page.screenshot(path=arguments.screenshots / f"{name}.png")
                 controls, changed = move_sliders(page)
                 found = faults(content, name, seen)
