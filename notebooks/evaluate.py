@@ -381,15 +381,23 @@ def evaluate_flows(judge, device, n=2000, nfe=32):
 
 @torch.no_grad()
 def evaluate_places(judge, device, n=32, reference=128):
-    """Question 4(d): error of the solver by the place of the steps and by the curve, flow_linear.
+    """Question 4(d): error of the solver by place of the steps, clock and curve, flow_linear.
 
     Places are those of equal steps in t along a schedule, as levels s = alpha / (alpha + beta);
-    the curve is the linear path, or the cosine schedule's. Root mean square to a fine solution of
-    the same noise, mean and standard error over n images, and what is left in the corners.
+    the curve is the linear path, the same in the time of the cosine schedule ("clock": what a
+    multistep method extrapolates in), or the cosine schedule's path. Root mean square to a
+    fine solution of the same noise, for each of n images, and what is left in the corners.
     """
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     cosine = helpers.SCHEDULERS["cosine"]
-    curves = {"straight": velocity, "cosine": helpers.reschedule(velocity, cosine)}
+
+    def clock(x, t):  # s_dot u_s(x)
+        alpha, beta = cosine.alpha(t), cosine.beta(t)
+        s_dot = (cosine.alpha_dot(t) * beta - alpha * cosine.beta_dot(t)) / (alpha + beta) ** 2
+        return helpers.expand_like(s_dot, x) * velocity(x, alpha / (alpha + beta))
+
+    curves = {"straight": velocity, "clock": clock}
+    curves["cosine"] = helpers.reschedule(velocity, cosine)
     noise = torch.randn(n, 1, 28, 28, generator=helpers.make_generator(SEED)).to(device)
     fine = helpers.adams_bashforth2(velocity, noise, helpers.sampling_grid(reference))
     solvers = {"Adams-Bashforth 2": (helpers.adams_bashforth2, 1), "Heun": (helpers.heun, 2)}

@@ -848,21 +848,21 @@ def exact_minimiser(losses, times, curves):
 
 
 def steps_or_geometry(places, errors, corners):
-    """4(d): {curve: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
+    """4(d): {way: (mean, error)} by the place of the steps; {solver: corner noise} likewise.
 
     errors are geometric means of the solver's errors, their bars two standard errors in the log.
     """
     fig, (left, right) = _page(2.7, 2)
-    looks = zip(errors.items(), ("model", "data"), "os", (-0.08, 0.08), strict=True)
-    for (curve, (mean, bar)), kind, marker, shift in looks:
+    looks = zip(errors.items(), ("model", "noise", "data"), "o^s", (-0.16, 0, 0.16), strict=True)
+    for (way, (mean, bar)), kind, marker, shift in looks:
         at = torch.arange(len(places)) + shift
         spread = mean * torch.stack([1 - (-2 * bar).exp(), (2 * bar).exp() - 1])
-        _dots(left, at, mean, spread, COLORS[kind], fmt=marker, capsize=2, label=curve)
+        _dots(left, at, mean, spread, COLORS[kind], fmt=marker, capsize=2, label=way)
     for (solver, noise), kind, look in zip(corners.items(), ("model", "noise"), "o^", strict=True):
         right.plot(noise, look, color=COLORS[kind], label=solver)
     right.axhline(2 / 255, color=_GREY, ls=":")
     right.text(3.4, 2 / 255, "one grey level", ha="right", va="bottom", color=_NOTE)
-    left.set(title="Adams–Bashforth, by place and curve", ylabel=f"r.m.s. error\n{_PIXELS}")
+    left.set(title="Adams–Bashforth, by place, clock, bend", ylabel=f"r.m.s. error\n{_PIXELS}")
     right.set(title="by place and solver", ylabel=_CORNERS)
     for ax in (left, right):
         ax.set(yscale="log", xlabel="place of the steps", xlim=(-0.5, len(places) - 0.5))
@@ -909,8 +909,8 @@ def sigma_sweep(names, rows, floor):
     fig, axes = _page(2.8, 2)
     looks = zip(rows.items(), (COLORS["data"], COLORS["noise"]), "os", (-0.1, 0.1), strict=True)
     for (steps, (sets, noise)), color, mark, shift in looks:
-        places, means = torch.arange(len(names)) + shift, [v.mean() for v in sets]
-        bars = [2 * v.std() / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in sets]
+        places, means = torch.arange(len(names)) + shift, [v.mean().item() for v in sets]
+        bars = [2 * v.std().item() / len(v) ** 0.5 if len(v) > 1 else float("nan") for v in sets]
         axes[0].plot(places, means, mark, color=color, markersize=4, label=f"{steps} steps")
         axes[0].errorbar(places, means, bars, fmt="none", color=color)
         axes[1].plot(places, noise, mark, color=color, markersize=4)
