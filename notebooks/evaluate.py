@@ -391,12 +391,11 @@ def evaluate_places(judge, device, n=32, reference=128):
     velocity = helpers.load_weights(UNet(), "flow_linear").to(device)
     cosine = helpers.SCHEDULERS["cosine"]
 
-    def clock(x, t):  # s_dot u_s(x)
-        alpha, beta = cosine.alpha(t), cosine.beta(t)
-        s_dot = (cosine.alpha_dot(t) * beta - alpha * cosine.beta_dot(t)) / (alpha + beta) ** 2
-        return helpers.expand_like(s_dot, x) * velocity(x, alpha / (alpha + beta))
+    def level(t):
+        return cosine.alpha(t) / (cosine.alpha(t) + cosine.beta(t))
 
-    curves = {"straight": velocity, "clock": clock}
+    clock = helpers.FunctionScheduler(level, lambda t: 1 - level(t))
+    curves = {"straight": velocity, "clock": helpers.reschedule(velocity, clock)}
     curves["cosine"] = helpers.reschedule(velocity, cosine)
     noise = torch.randn(n, 1, 28, 28, generator=helpers.make_generator(SEED)).to(device)
     fine = helpers.adams_bashforth2(velocity, noise, helpers.sampling_grid(reference))
@@ -406,7 +405,7 @@ def evaluate_places(judge, device, n=32, reference=128):
         solvers.items(), (8, 16, 32), curves
     ):
         u = helpers.time_grid(nfe // calls)
-        places = {"equal": u, "cosine": cosine.alpha(u) / (cosine.alpha(u) + cosine.beta(u))}
+        places = {"equal": u, "cosine": level(u)}
         places |= {"polynomial": u**2, "grid": helpers.sampling_grid(nfe // calls)}
         for place, s in places.items():
             ts = s if curve == "straight" else time_at_level(cosine, s)
